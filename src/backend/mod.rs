@@ -1,0 +1,2 @@
+//! What a device can do.
+pub mod host;

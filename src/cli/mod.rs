@@ -1,0 +1,3 @@
+//! The command line: one file per subcommand, each with an `Args` and a `run`.
+
+pub mod model_args;
