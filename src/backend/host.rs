@@ -62,3 +62,123 @@ impl MappedFile {
         let _ = range;
     }
 }
+
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Zero-initialised memory aligned to a cache line, on huge pages where the system gives them.
+///
+/// Only whole 2 MiB pages are asked for; the tail stays on small pages, so that nothing resident is wasted.
+pub struct AlignedBuffer {
+    map: memmap2::MmapMut,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    /// Allocates `len` zero bytes; pages become resident when they are first written.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the system refuses the memory.
+    pub fn zeroed(len: usize) -> Result<Self> {
+        let slack = if len >= HUGE_PAGE { HUGE_PAGE } else { 64 };
+        let map = len.checked_add(slack).and_then(|n| memmap2::MmapMut::map_anon(n).ok());
+        let Some(map) = map else {
+            return Err(Error::Unavailable {
+                what: format!("{len} bytes of memory"),
+                reason: "the system refused the allocation; use a smaller model or context".into(),
+            });
+        };
+        let start = map.as_ptr().align_offset(slack);
+        #[cfg(target_os = "linux")]
+        if len >= HUGE_PAGE {
+            // Advice only: without huge pages everything works, slower.
+            let _ = map.advise_range(memmap2::Advice::HugePage, start, len / HUGE_PAGE * HUGE_PAGE);
+        }
+        Ok(Self { map, start, len })
+    }
+}
+
+impl std::ops::Deref for AlignedBuffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.map[self.start..self.start + self.len]
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.map[self.start..self.start + self.len]
+    }
+}
+
+impl std::fmt::Debug for AlignedBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AlignedBuffer({} bytes)", self.len)
+    }
+}
+
+/// Bytes of this process that are in physical memory now, where the system tells.
+pub fn resident_bytes() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        status_kib("/proc/self/status", "VmRSS:")
+    }
+    #[cfg(target_os = "macos")]
+    {
+        // The peak; macOS has no file that tells the present value.
+        // SAFETY: `rusage` is plain data that the call fills in; a failure is checked.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a live, writable `rusage`.
+        (unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) } == 0).then_some(usage.ru_maxrss as u64)
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "macos")))]
+    None
+}
+
+/// Bytes of physical memory that a new allocation could get without swapping, where the system tells.
+pub fn available_bytes() -> Option<u64> {
+    status_kib("/proc/meminfo", "MemAvailable:")
+}
+
+/// Bytes of physical memory of this machine, where the system tells.
+pub fn total_bytes() -> Option<u64> {
+    status_kib("/proc/meminfo", "MemTotal:")
+}
+
+/// A `Key:  123 kB` line of a proc file, in bytes.
+fn status_kib(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Physical cores that this process may use: hardware threads that share a core count once.
+///
+/// Falls back to the number of hardware threads where the topology cannot be read.
+pub fn physical_cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let cores = distinct_cores().unwrap_or(allowed);
+    cores.clamp(1, allowed)
+}
+
+/// Counts distinct (package, core) pairs in Linux's topology files.
+fn distinct_cores() -> Option<usize> {
+    let mut cores = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()? {
+        let path = entry.ok()?.path();
+        let id = |name: &str| -> Option<u32> {
+            std::fs::read_to_string(path.join("topology").join(name)).ok()?.trim().parse().ok()
+        };
+        if let (Some(package), Some(core)) = (id("physical_package_id"), id("core_id")) {
+            cores.insert((package, core));
+        }
+    }
+    (!cores.is_empty()).then_some(cores.len())
+}
+
+/// The processor's name, where the system tells.
+pub fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}

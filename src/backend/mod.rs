@@ -1,2 +1,12 @@
-//! What a device can do.
+//! What a device can do: packed weights, kernels, caches. Knows nothing of models and files.
+//!
+//! `cpu` holds the kernels of this CPU; the device and its kernel are chosen once, in `select`. All `unsafe`
+//! code of the crate is in this room.
+
+pub mod activation;
+pub mod attention;
+pub mod cpu;
 pub mod host;
+mod layout;
+
+pub use layout::LayoutId;

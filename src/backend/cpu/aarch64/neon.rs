@@ -1,0 +1,1 @@
+//! NEON without dotprod.

@@ -1,0 +1,316 @@
+//! Products with dense weights (the output head, unconverted projections) and embedding rows.
+//!
+//! Weights stay in their stored type and are widened in registers, 16 at a time. Every (row, token) is one
+//! chain of 16 lanes in one order, so a token's logits do not depend on how many tokens are computed with it.
+
+use super::isa::{Isa, per_isa};
+use super::lanes::{LANES, Stored, sum_lanes};
+use super::pool::{Pool, SendPtr};
+use crate::backend::host::{AlignedBuffer, MappedFile};
+use crate::{Error, Result};
+use half::{bf16, f16};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A stored floating-point type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DenseType {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl DenseType {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Arc<MappedFile>, Range<usize>),
+    Owned(AlignedBuffer),
+}
+
+/// A dense matrix `[rows, cols]`, in a mapped file or in memory.
+#[derive(Debug)]
+pub struct CpuDense {
+    dtype: DenseType,
+    rows: usize,
+    cols: usize,
+    bytes: Bytes,
+}
+
+impl CpuDense {
+    /// A matrix that stays where it is in a mapped file; copied only if the file does not align it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the range does not hold `rows · cols` elements.
+    pub fn mapped(
+        dtype: DenseType,
+        rows: usize,
+        cols: usize,
+        file: Arc<MappedFile>,
+        range: Range<usize>,
+    ) -> Result<Self> {
+        let size = checked_size(dtype, rows, cols)?;
+        let Some(bytes) = file.bytes().get(range.clone()).filter(|b| b.len() == size) else {
+            return Err(Error::Shape {
+                op: "dense matrix",
+                reason: format!("[{rows}, {cols}] {} needs {size} bytes, the file gives {range:?}", dtype.name()),
+            });
+        };
+        if bytes.as_ptr().align_offset(dtype.size()) == 0 {
+            return Ok(Self { dtype, rows, cols, bytes: Bytes::Mapped(file, range) });
+        }
+        Self::owned(dtype, rows, cols, |out| out.copy_from_slice(bytes))
+    }
+
+    /// A matrix in memory, filled by `fill` (row-major, little-endian).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the size overflows, [`Error::Unavailable`] if memory is short.
+    pub fn owned(dtype: DenseType, rows: usize, cols: usize, fill: impl FnOnce(&mut [u8])) -> Result<Self> {
+        let mut buffer = AlignedBuffer::zeroed(checked_size(dtype, rows, cols)?)?;
+        fill(&mut buffer);
+        Ok(Self { dtype, rows, cols, bytes: Bytes::Owned(buffer) })
+    }
+
+    /// Stored type.
+    pub fn dtype(&self) -> DenseType {
+        self.dtype
+    }
+
+    /// Output features, or embedding entries.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features, or embedding width.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Stored bytes, row-major.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(file, range) => &file.bytes()[range.clone()],
+            Bytes::Owned(buffer) => buffer,
+        }
+    }
+
+    /// Widens row `row` into `out`.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        fn widen<E: Stored>(m: &CpuDense, row: usize, out: &mut [f32]) {
+            let values: &[E] = bytemuck::cast_slice(m.bytes());
+            for (o, v) in out.iter_mut().zip(&values[row * m.cols..][..m.cols]) {
+                *o = v.widen();
+            }
+        }
+        match self.dtype {
+            DenseType::F32 => widen::<f32>(self, row, out),
+            DenseType::F16 => widen::<f16>(self, row, out),
+            DenseType::Bf16 => widen::<bf16>(self, row, out),
+        }
+    }
+}
+
+fn checked_size(dtype: DenseType, rows: usize, cols: usize) -> Result<usize> {
+    let size = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+    size.filter(|n| *n > 0).ok_or_else(|| Error::Shape {
+        op: "dense matrix",
+        reason: format!("[{rows}, {cols}] {} is no matrix", dtype.name()),
+    })
+}
+
+/// Weight rows in flight in one pass; with [`PASS_TOKENS`] tokens, the accumulators of two passes' width.
+const PASS_ROWS: usize = 4;
+const PASS_TOKENS: usize = 4;
+/// Rows of a task: 128 KB of a bf16 head of width 2560.
+const TASK_ROWS: usize = 32;
+
+/// `out[r][t]` for R rows and T tokens.
+#[inline(always)]
+fn pass<E: Stored, const R: usize, const T: usize>(w: [&[E]; R], x: [&[f32]; T], cols: usize) -> [[f32; T]; R] {
+    let mut acc = [[[0f32; LANES]; T]; R];
+    let whole = cols / LANES * LANES;
+    for k in (0..whole).step_by(LANES) {
+        for r in 0..R {
+            prefetch(w[r], k);
+            let wide: [f32; LANES] = std::array::from_fn(|i| w[r][k + i].widen());
+            for t in 0..T {
+                for i in 0..LANES {
+                    acc[r][t][i] += wide[i] * x[t][k + i];
+                }
+            }
+        }
+    }
+    for k in whole..cols {
+        for r in 0..R {
+            for t in 0..T {
+                acc[r][t][k - whole] += w[r][k].widen() * x[t][k];
+            }
+        }
+    }
+    acc.map(|a| a.map(sum_lanes))
+}
+
+/// Asks for the cache line 4 KiB ahead of element `k`; see the ternary kernels for why.
+#[inline(always)]
+fn prefetch<E>(w: &[E], k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = w.as_ptr().wrapping_add(k).cast::<i8>().wrapping_add(4096);
+        // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (w, k);
+}
+
+per_isa! {
+    /// Rows `first …` of `w` times all tokens: `out[t · stride + i]` for the i-th row; `count` rows.
+    fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], count: usize, stride: usize, out: SendPtr<f32>) {
+        let tokens = x.len() / cols;
+        let row = |r: usize| &w[r * cols..][..cols];
+        let token = |t: usize| &x[t * cols..][..cols];
+        let put = |t: usize, r: usize, v: f32| {
+            // SAFETY: the caller gives this call the elements t · stride + r for all tokens t and r < count.
+            unsafe { *out.get().add(t * stride + r) = v }
+        };
+        let mut r = 0;
+        while r < count {
+            if r + 2 * PASS_ROWS <= count && tokens == 1 {
+                let y = pass::<E, { 2 * PASS_ROWS }, 1>(std::array::from_fn(|i| row(r + i)), [token(0)], cols);
+                y.iter().enumerate().for_each(|(i, y)| put(0, r + i, y[0]));
+                r += 2 * PASS_ROWS;
+                continue;
+            }
+            let rows = if r + PASS_ROWS <= count { PASS_ROWS } else { 1 };
+            let mut t = 0;
+            while t < tokens {
+                let four = t + PASS_TOKENS <= tokens;
+                match (rows, four) {
+                    (PASS_ROWS, true) => {
+                        let (w, x) = (std::array::from_fn(|i| row(r + i)), std::array::from_fn(|i| token(t + i)));
+                        let y = pass::<E, PASS_ROWS, PASS_TOKENS>(w, x, cols);
+                        for i in 0..PASS_ROWS {
+                            (0..PASS_TOKENS).for_each(|j| put(t + j, r + i, y[i][j]));
+                        }
+                    }
+                    (PASS_ROWS, false) => {
+                        let y = pass::<E, PASS_ROWS, 1>(std::array::from_fn(|i| row(r + i)), [token(t)], cols);
+                        y.iter().enumerate().for_each(|(i, y)| put(t, r + i, y[0]));
+                    }
+                    _ => put(t, r, pass::<E, 1, 1>([row(r)], [token(t)], cols)[0][0]),
+                }
+                t += if four && rows == PASS_ROWS { PASS_TOKENS } else { 1 };
+            }
+            r += rows;
+        }
+    }
+}
+
+/// `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32.
+pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: &mut [f32]) -> Result<()> {
+    let tokens = x.len() / w.cols;
+    if x.len() != tokens * w.cols || out.len() != tokens * w.rows || tokens == 0 {
+        return Err(Error::Shape {
+            op: "dense linear",
+            reason: format!(
+                "weight [{}, {}], input {} elements, output {} elements",
+                w.rows,
+                w.cols,
+                x.len(),
+                out.len()
+            ),
+        });
+    }
+    fn typed<E: Stored>(isa: Isa, pool: &Pool, m: &CpuDense, x: &[f32], out: &mut [f32]) {
+        let weights: &[E] = bytemuck::cast_slice(m.bytes());
+        let base = SendPtr(out.as_mut_ptr());
+        pool.run(m.rows.div_ceil(TASK_ROWS), &|task| {
+            let first = task * TASK_ROWS;
+            let count = TASK_ROWS.min(m.rows - first);
+            // SAFETY: first < rows; this task alone writes the columns first … first + count of every token,
+            // all inside `out` by the shape check.
+            let out = SendPtr(unsafe { base.get().add(first) });
+            rows_times_tokens::<E>(isa, &weights[first * m.cols..][..count * m.cols], m.cols, x, count, m.rows, out);
+        });
+    }
+    match w.dtype {
+        DenseType::F32 => typed::<f32>(isa, pool, w, x, out),
+        DenseType::F16 => typed::<f16>(isa, pool, w, x, out),
+        DenseType::Bf16 => typed::<bf16>(isa, pool, w, x, out),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn matrix(dtype: DenseType, rows: usize, cols: usize, seed: u64) -> CpuDense {
+        let value = |i: usize| ((i as u64).wrapping_mul(seed | 1) >> 40) as f32 / 8e6 - 1.0;
+        CpuDense::owned(dtype, rows, cols, |bytes| {
+            for (i, b) in bytes.chunks_exact_mut(dtype.size()).enumerate() {
+                match dtype {
+                    DenseType::F32 => b.copy_from_slice(&value(i).to_le_bytes()),
+                    DenseType::F16 => b.copy_from_slice(&f16::from_f32(value(i)).to_le_bytes()),
+                    DenseType::Bf16 => b.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes()),
+                }
+            }
+        })
+        .unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn equals_a_double_precision_product_and_itself_in_any_batch(
+            rows in 1usize..90, cols in 1usize..80, tokens in 1usize..7, seed: u64,
+        ) {
+            let pool = Pool::new(2);
+            let x: Vec<f32> = (0..tokens * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0).collect();
+            for dtype in [DenseType::F32, DenseType::F16, DenseType::Bf16] {
+                let m = matrix(dtype, rows, cols, seed);
+                let mut wide = vec![0.0; rows * cols];
+                wide.chunks_exact_mut(cols).enumerate().for_each(|(r, out)| m.row(r, out));
+                let mut first = None;
+                for isa in Isa::available() {
+                    let mut out = vec![0.0; tokens * rows];
+                    dense_linear(isa, &pool, &m, &x, &mut out).unwrap();
+                    for t in 0..tokens {
+                        let mut alone = vec![0.0; rows];
+                        dense_linear(isa, &pool, &m, &x[t * cols..][..cols], &mut alone).unwrap();
+                        prop_assert_eq!(&alone[..], &out[t * rows..][..rows]);
+                        for r in 0..rows {
+                            let terms = (0..cols).map(|k| f64::from(wide[r * cols + k]) * f64::from(x[t * cols + k]));
+                            let size: f64 = terms.clone().map(f64::abs).sum();
+                            let want: f64 = terms.sum();
+                            prop_assert!((f64::from(out[t * rows + r]) - want).abs() <= 1e-5 * size + 1e-30);
+                        }
+                    }
+                    prop_assert_eq!(first.get_or_insert(out.clone()), &out);
+                }
+            }
+        }
+    }
+}

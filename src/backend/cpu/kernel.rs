@@ -1,0 +1,143 @@
+//! The interface of the ternary CPU kernels, and their choice at run time.
+
+use super::tiles::{LINE_BYTES, LINE_COLS, TILE_ROWS};
+use crate::backend::layout::LayoutId;
+use crate::{Error, Result};
+
+/// Most tokens that a kernel multiplies in one pass of [`TernaryKernel::gemm`].
+pub const MAX_TOKENS: usize = 12;
+
+/// An instruction set's products of tiles and quantised activations.
+///
+/// An implementation is proof that its CPU features exist: it can only be made by a constructor that checked.
+/// Sums are `Σ q · code` with codes {0, 1, 2}; the caller subtracts `Σ q`, which removes the −1.
+pub trait TernaryKernel: Send + Sync + std::fmt::Debug {
+    /// The kernel's name, as `--kernel` takes it.
+    fn name(&self) -> &'static str;
+
+    /// The layout that it reads.
+    fn layout(&self) -> LayoutId {
+        LayoutId::CpuRows16
+    }
+
+    /// Decode: whole tiles of `groups` lines times one token's codes; `sums` gets 16 sums a tile.
+    ///
+    /// `tiles` holds `sums.len() / 16 · groups` lines, `q` at least `16 · groups` codes.
+    fn gemv(&self, tiles: &[u8], groups: usize, q: &[i8], sums: &mut [i32]);
+
+    /// Prefill: whole tiles times `tokens` ≤ [`MAX_TOKENS`] tokens; `sums` is `[tile][token][16]`.
+    ///
+    /// `panel` holds `[4 · groups][tokens]` words of four consecutive codes of a token each.
+    fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]);
+}
+
+/// Checks the operands' sizes once per call, so that kernels may read without bounds checks.
+#[inline]
+pub(super) fn check_gemv(tiles: &[u8], groups: usize, q: &[i8], sums: &[i32]) {
+    let count = sums.len() / TILE_ROWS;
+    assert!(sums.len().is_multiple_of(TILE_ROWS), "whole tiles");
+    assert!(tiles.len() == count * groups * LINE_BYTES && q.len() >= groups * LINE_COLS, "operand sizes");
+}
+
+/// As [`check_gemv`], for a product with several tokens.
+#[inline]
+pub(super) fn check_gemm(tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &[i32]) {
+    assert!((1..=MAX_TOKENS).contains(&tokens), "1 to {MAX_TOKENS} tokens");
+    let count = sums.len() / (TILE_ROWS * tokens);
+    assert!(sums.len() == count * TILE_ROWS * tokens, "whole tiles");
+    assert!(tiles.len() == count * groups * LINE_BYTES && panel.len() >= groups * 4 * tokens, "operand sizes");
+}
+
+/// The ternary kernels of this crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KernelKind {
+    /// Portable Rust.
+    Generic,
+    /// x86-64 `maddubs` + `madd`.
+    Avx2,
+    /// x86-64 256-bit `vpdpbusd`.
+    AvxVnni,
+    /// x86-64 512-bit `vpdpbusd`.
+    Avx512Vnni,
+    /// aarch64 widening multiplies.
+    Neon,
+    /// aarch64 `sdot`.
+    NeonDotprod,
+}
+
+impl KernelKind {
+    /// All kernels, fastest first within an architecture.
+    pub const ALL: [Self; 6] =
+        [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::NeonDotprod, Self::Neon, Self::Generic];
+
+    /// The name that `--kernel` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Generic => "generic",
+            Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
+            Self::Avx512Vnni => "avx512-vnni",
+            Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
+        }
+    }
+
+    /// The CPU features that it needs.
+    pub fn needs(self) -> &'static str {
+        match self {
+            Self::Generic => "nothing",
+            Self::Avx2 => "x86-64 with AVX2",
+            Self::AvxVnni => "x86-64 with AVX2 and AVX-VNNI",
+            Self::Avx512Vnni => "x86-64 with AVX-512 F, BW and VNNI",
+            Self::Neon => "aarch64 with NEON",
+            Self::NeonDotprod => "aarch64 with NEON and dotprod",
+        }
+    }
+
+    /// The kernel, if this CPU can run it.
+    pub fn instance(self) -> Option<Box<dyn TernaryKernel>> {
+        #[cfg(target_arch = "aarch64")]
+        use super::aarch64::{Neon, NeonDotprod};
+        #[cfg(target_arch = "x86_64")]
+        use super::x86_64::{Avx2, Avx512Vnni, AvxVnni};
+        fn boxed<K: TernaryKernel + 'static>(k: Option<K>) -> Option<Box<dyn TernaryKernel>> {
+            k.map(|k| Box::new(k) as Box<dyn TernaryKernel>)
+        }
+        match self {
+            Self::Generic => boxed(Some(super::generic::Generic)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => boxed(Avx2::new()),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => boxed(AvxVnni::new()),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => boxed(Avx512Vnni::new()),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => boxed(Neon::new()),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => boxed(NeonDotprod::new()),
+            _ => None,
+        }
+    }
+
+    /// The kernels that this CPU can run, fastest first.
+    pub fn available() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|k| k.instance().is_some()).collect()
+    }
+}
+
+impl std::fmt::Display for KernelKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for KernelKind {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|k| k.name() == s).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|k| k.name()).collect();
+            Error::request("--kernel", format!("'{s}' is not a kernel; one of {}", names.join(", ")))
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! The quantised linear on the CPU: splits tiles over threads, runs the kernel, applies scales.
+
+use super::isa::{Isa, per_isa};
+use super::kernel::{MAX_TOKENS, TernaryKernel};
+use super::pool::{Pool, SendPtr};
+use super::tiles::{CpuTernary, LINE_BYTES, TILE_ROWS};
+use crate::backend::activation::QuantizedRows;
+use crate::ternary::Scale;
+use crate::{Error, Result};
+
+/// Bytes of weights that one decode task reads: some 10 µs, so that a slow core costs little at the end.
+const TASK_BYTES: usize = 96 << 10;
+/// Most tiles of one decode task.
+const TASK_TILES: usize = 16;
+
+per_isa! {
+    /// `out = (sums − Σq) / s_x`, scaled; plus the residual if there is one.
+    fn finish(sums: &[i32], q_sum: i32, s_x: f32, scale: Scale, residual: Option<&[f32]>, out: &mut [f32]) {
+        // The style is taken out of the loop, so that the loop vectorises.
+        match scale {
+            Scale::Multiply(s) => {
+                for (o, acc) in out.iter_mut().zip(sums) {
+                    *o = (acc - q_sum) as f32 / s_x * s;
+                }
+            }
+            Scale::Divide(s) => {
+                for (o, acc) in out.iter_mut().zip(sums) {
+                    *o = (acc - q_sum) as f32 / s_x / s;
+                }
+            }
+        }
+        if let Some(residual) = residual {
+            for (o, r) in out.iter_mut().zip(residual) {
+                *o += r;
+            }
+        }
+    }
+}
+
+/// `out[t][row] = Σ_k q[t][k] · w[row][k] / s_x[t] · scale(row)`, plus `residual[t][row]`.
+pub(super) fn linear(
+    kernel: &dyn TernaryKernel,
+    isa: Isa,
+    pool: &Pool,
+    panel: &mut Vec<i32>,
+    w: &CpuTernary,
+    x: &QuantizedRows,
+    residual: Option<&[f32]>,
+    out: &mut [f32],
+) -> Result<()> {
+    if w.layout() != kernel.layout() {
+        return Err(Error::Layout {
+            kernel: kernel.name(),
+            expected: kernel.layout().name(),
+            found: w.layout().name(),
+        });
+    }
+    let (tokens, rows) = (x.rows(), w.rows());
+    let fits = x.cols() == w.cols() && out.len() == tokens * rows && residual.is_none_or(|r| r.len() == out.len());
+    if !fits {
+        return Err(Error::Shape {
+            op: "quantized linear",
+            reason: format!(
+                "weight [{rows}, {}], input [{tokens}, {}], output {} elements, residual {:?}",
+                w.cols(),
+                x.cols(),
+                out.len(),
+                residual.map(<[f32]>::len)
+            ),
+        });
+    }
+    let tile_bytes = w.groups() * LINE_BYTES;
+    let out = SendPtr(out.as_mut_ptr());
+    // Rows `at` of token `t`: every (tile, token) is written by exactly one task.
+    let write = |t: usize, tile: usize, sums: &[i32]| {
+        let (scale, at) = w.tile_rows(tile);
+        let (start, len) = (t * rows + at.start, at.len());
+        // SAFETY: at.end <= rows and t < tokens, so the range lies inside `out`, which is borrowed mutably for
+        // the whole call; ranges of different (tile, token) do not overlap.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(start), len) };
+        finish(isa, &sums[..len], x.sum(t), x.scale(t), scale, residual.map(|r| &r[start..start + len]), out);
+    };
+    if tokens == 1 {
+        let per_task = (TASK_BYTES / tile_bytes).clamp(1, TASK_TILES);
+        pool.run(w.tiles().div_ceil(per_task), &|task| {
+            let first = task * per_task;
+            let count = per_task.min(w.tiles() - first);
+            let mut sums = [0; TASK_TILES * TILE_ROWS];
+            let sums = &mut sums[..count * TILE_ROWS];
+            kernel.gemv(&w.data()[first * tile_bytes..][..count * tile_bytes], w.groups(), x.codes(0), sums);
+            for (i, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
+                write(0, first + i, sums);
+            }
+        });
+        return Ok(());
+    }
+    let words = 4 * w.groups();
+    panel.resize(tokens * words, 0);
+    pool.for_each_chunk(panel, MAX_TOKENS * words, |i, panel| {
+        let (first, count) = (i * MAX_TOKENS, panel.len() / words);
+        for t in 0..count {
+            let codes = x.codes(first + t).as_chunks::<4>().0;
+            for (k, four) in codes.iter().enumerate() {
+                panel[k * count + t] = i32::from_le_bytes(four.map(|q| q as u8));
+            }
+        }
+    });
+    let panel = &**panel;
+    pool.run(w.tiles().div_ceil(2), &|task| {
+        let first = 2 * task;
+        let count = 2.min(w.tiles() - first);
+        let tiles = &w.data()[first * tile_bytes..][..count * tile_bytes];
+        let mut sums = [0; 2 * MAX_TOKENS * TILE_ROWS];
+        for (i, panel) in panel.chunks(MAX_TOKENS * words).enumerate() {
+            let n = panel.len() / words;
+            let sums = &mut sums[..count * n * TILE_ROWS];
+            kernel.gemm(tiles, w.groups(), panel, n, sums);
+            for (j, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
+                write(i * MAX_TOKENS + j % n, first + j / n, sums);
+            }
+        }
+    });
+    Ok(())
+}

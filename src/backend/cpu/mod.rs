@@ -1,0 +1,341 @@
+//! This CPU: its ternary kernel, its vector width, its threads, and the operations of a decoder on them.
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+mod attention;
+mod bandwidth;
+mod dense;
+mod generic;
+mod isa;
+mod kernel;
+mod lanes;
+mod linear;
+mod norm;
+mod pool;
+#[cfg(test)]
+mod suite;
+mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+pub use attention::CpuKv;
+pub use bandwidth::Bandwidth;
+pub use dense::{CpuDense, DenseType};
+pub use kernel::{KernelKind, TernaryKernel};
+pub use norm::Gate;
+pub use pool::Pool;
+pub use tiles::{CpuTernary, MAX_COLS, Segment};
+
+use super::activation::{QuantizedRows, row_stride};
+use super::attention::{AttentionShape, RopeTable, RowPosition};
+use super::host;
+use crate::ternary::PackedTernary;
+use crate::{Error, Result};
+use isa::Isa;
+use std::cell::RefCell;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Most threads that `--threads` accepts.
+pub const MAX_THREADS: usize = 1024;
+/// Rows that one task normalises in a prefill.
+const ROWS_PER_TASK: usize = 8;
+
+/// What may be chosen about the CPU backend; `None` means: decided from this machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CpuOptions {
+    /// Ternary kernel; by default the fastest that this CPU can run.
+    pub kernel: Option<KernelKind>,
+    /// Threads; by default the physical cores.
+    pub threads: Option<usize>,
+}
+
+/// The CPU backend: kernel and threads, chosen once.
+#[derive(Debug)]
+pub struct Cpu {
+    kind: KernelKind,
+    kernel: Box<dyn TernaryKernel>,
+    isa: Isa,
+    pool: Pool,
+    /// Interleaved activations of the prefill in progress.
+    panel: Mutex<Vec<i32>>,
+}
+
+impl Cpu {
+    /// Chooses kernel and threads.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] for a kernel that this CPU cannot run, [`Error::Request`] for a thread count of
+    /// zero or over [`MAX_THREADS`].
+    pub fn new(options: CpuOptions) -> Result<Self> {
+        let available = KernelKind::available();
+        // Generic is always there and always last.
+        let kind = options.kernel.or(available.first().copied()).unwrap_or(KernelKind::Generic);
+        let kernel = kind.instance().ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|k| k.name()).collect();
+            Error::Unavailable {
+                what: format!("kernel {kind}"),
+                reason: format!("it needs {}; this CPU can run: {}", kind.needs(), names.join(", ")),
+            }
+        })?;
+        let threads = options.threads.unwrap_or_else(host::physical_cores);
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(Error::request("--threads", format!("{threads} is not between 1 and {MAX_THREADS}")));
+        }
+        #[cfg(target_arch = "x86_64")]
+        let isa = match kind {
+            KernelKind::Avx512Vnni => Isa::avx512().or_else(Isa::avx2),
+            KernelKind::Avx2 | KernelKind::AvxVnni => Isa::avx2(),
+            _ => None,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let isa = None;
+        let isa = isa.unwrap_or_else(Isa::portable);
+        Ok(Self { kind, kernel, isa, pool: Pool::new(threads), panel: Mutex::default() })
+    }
+
+    /// The backend that is used where nobody chose one: fastest kernel, physical cores.
+    ///
+    /// # Errors
+    /// As [`Cpu::new`].
+    pub fn shared() -> Result<std::sync::Arc<Self>> {
+        static SHARED: OnceLock<std::sync::Arc<Cpu>> = OnceLock::new();
+        if let Some(cpu) = SHARED.get() {
+            return Ok(cpu.clone());
+        }
+        let cpu = std::sync::Arc::new(Self::new(CpuOptions::default())?);
+        Ok(SHARED.get_or_init(|| cpu).clone())
+    }
+
+    /// The ternary kernel in use.
+    pub fn kernel(&self) -> KernelKind {
+        self.kind
+    }
+
+    /// The threads of this backend.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Packs weights that share their input, and checks the kernel on their first tile.
+    ///
+    /// # Errors
+    /// As [`CpuTernary::pack`]; [`Error::SelfCheck`] if the kernel and the reference disagree.
+    pub fn pack(&self, weights: &[PackedTernary]) -> Result<CpuTernary> {
+        let packed = CpuTernary::pack(weights, &self.pool)?;
+        self.check(&packed)?;
+        Ok(packed)
+    }
+
+    /// Runs the first tile through this kernel and through the reference.
+    fn check(&self, w: &CpuTernary) -> Result<()> {
+        const TOKENS: usize = 3;
+        let groups = w.groups();
+        let tile = &w.data()[..groups * tiles::LINE_BYTES];
+        let mut state = 0x9e37_79b9u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            ((state >> 16) % 255) as i32 - 127
+        };
+        let q: Vec<i8> = (0..groups * tiles::LINE_COLS).map(|_| next() as i8).collect();
+        let words = q.as_chunks::<4>().0.iter().map(|w| i32::from_le_bytes(w.map(|q| q as u8)));
+        let panel: Vec<i32> = words.flat_map(|w| [w, w.rotate_left(8), w.rotate_left(16)]).collect();
+        let sums = |kernel: &dyn TernaryKernel| {
+            let mut sums = vec![0; (1 + TOKENS) * tiles::TILE_ROWS];
+            let (one, many) = sums.split_at_mut(tiles::TILE_ROWS);
+            kernel.gemv(tile, groups, &q, one);
+            kernel.gemm(tile, groups, &panel, TOKENS, many);
+            sums
+        };
+        let (got, want) = (sums(&*self.kernel), sums(&generic::Generic));
+        match got.iter().zip(&want).position(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(i) => Err(Error::SelfCheck {
+                kernel: self.kind.name(),
+                reason: format!("{} columns, sum {i}: {} instead of {}", w.cols(), got[i], want[i]),
+            }),
+        }
+    }
+
+    /// Quantised linear: `out[t] = W q[t] / s_x[t]`, scaled per segment, plus `residual[t]`.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for a weight packed for another kernel, [`Error::Shape`] for operands that do not fit.
+    pub fn linear(&self, w: &CpuTernary, x: &QuantizedRows, residual: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
+        let mut panel = self.panel.lock().unwrap_or_else(PoisonError::into_inner);
+        linear::linear(&*self.kernel, self.isa, &self.pool, &mut panel, w, x, residual, out)
+    }
+
+    /// Quantises rows of `cols` activations, after RMSNorm if `norm` (weight, epsilon) is given.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn quantize(&self, x: &[f32], cols: usize, norm: Option<(&[f32], f32)>, out: &mut [u8]) -> Result<()> {
+        let fits = cols > 0
+            && x.len().is_multiple_of(cols)
+            && out.len() == x.len() / cols * row_stride(cols)
+            && norm.is_none_or(|(w, _)| w.len() == cols);
+        if !fits {
+            return Err(shape_error("quantize", x.len(), cols, out.len()));
+        }
+        self.each_row(out, row_stride(cols), |t, row| {
+            let x = &x[t * cols..][..cols];
+            match norm {
+                None => norm::quantize(self.isa, x, row),
+                Some((weight, eps)) => {
+                    with_scratch(cols, |scratch| norm::norm_quantize(self.isa, x, weight, eps, scratch, row))
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The gated activation of `[gate | up]` rows of `2 · cols`, then [`Cpu::quantize`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn gated_quantize(
+        &self,
+        gate: Gate,
+        gate_up: &[f32],
+        cols: usize,
+        norm: Option<(&[f32], f32)>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let fits = cols > 0
+            && gate_up.len().is_multiple_of(2 * cols)
+            && out.len() == gate_up.len() / (2 * cols) * row_stride(cols)
+            && norm.is_none_or(|(w, _)| w.len() == cols);
+        if !fits {
+            return Err(shape_error("gated activation", gate_up.len(), cols, out.len()));
+        }
+        self.each_row(out, row_stride(cols), |t, row| {
+            let (g, up) = gate_up[2 * t * cols..][..2 * cols].split_at(cols);
+            with_scratch(2 * cols, |scratch| {
+                let (h, normed) = scratch.split_at_mut(cols);
+                norm::gated(self.isa, gate, g, up, h);
+                match norm {
+                    None => norm::quantize(self.isa, h, row),
+                    Some((weight, eps)) => norm::norm_quantize(self.isa, h, weight, eps, normed, row),
+                }
+            });
+        });
+        Ok(())
+    }
+
+    /// The gated activation of `[gate | up]` rows of `2 · cols`, in f32.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn gated(&self, gate: Gate, gate_up: &[f32], cols: usize, out: &mut [f32]) -> Result<()> {
+        if cols == 0 || gate_up.len() != 2 * out.len() || !out.len().is_multiple_of(cols) {
+            return Err(shape_error("gated activation", gate_up.len(), cols, out.len()));
+        }
+        self.each_row(out, cols, |t, out| {
+            let (g, up) = gate_up[2 * t * cols..][..2 * cols].split_at(cols);
+            norm::gated(self.isa, gate, g, up, out);
+        });
+        Ok(())
+    }
+
+    /// RMSNorm of rows as long as `weight`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> Result<()> {
+        let cols = weight.len();
+        if cols == 0 || !x.len().is_multiple_of(cols) || out.len() != x.len() {
+            return Err(shape_error("rms_norm", x.len(), cols, out.len()));
+        }
+        self.each_row(out, cols, |t, out| norm::rms_norm(self.isa, &x[t * cols..][..cols], weight, eps, out));
+        Ok(())
+    }
+
+    /// Dense product: `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32, `out` is `[tokens, rows]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn dense_linear(&self, w: &CpuDense, x: &[f32], out: &mut [f32]) -> Result<()> {
+        dense::dense_linear(self.isa, &self.pool, w, x, out)
+    }
+
+    /// Rows `ids` of an embedding, widened to f32.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for an id outside the vocabulary.
+    pub fn embed(&self, w: &CpuDense, ids: &[u32], out: &mut [f32]) -> Result<()> {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= w.rows()) {
+            return Err(Error::request("token id", format!("{id} is outside the vocabulary of {}", w.rows())));
+        }
+        if out.len() != ids.len() * w.cols() {
+            return Err(shape_error("embedding", ids.len(), w.cols(), out.len()));
+        }
+        self.each_row(out, w.cols(), |t, out| w.row(ids[t] as usize, out));
+        Ok(())
+    }
+
+    /// Rotates rows of `heads` heads; row t stands at `positions[t]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit, [`Error::ContextFull`] for a position outside the table.
+    pub fn rope(&self, x: &[f32], positions: &[usize], table: &RopeTable, out: &mut [f32]) -> Result<()> {
+        let dim = 2 * table.half_dim();
+        let cols = x.len() / positions.len().max(1);
+        if dim == 0 || cols == 0 || x.len() != positions.len() * cols || cols % dim != 0 || out.len() != x.len() {
+            return Err(shape_error("rope", x.len(), cols, out.len()));
+        }
+        if let Some(p) = positions.iter().find(|p| **p >= table.positions()) {
+            return Err(Error::ContextFull { needed: p + 1, available: table.positions() });
+        }
+        self.each_row(out, cols, |t, out| {
+            let (cos, sin) = table.at(positions[t]);
+            for (x, out) in x[t * cols..][..cols].chunks_exact(dim).zip(out.chunks_exact_mut(dim)) {
+                attention::rotate(x, cos, sin, out);
+            }
+        });
+        Ok(())
+    }
+
+    /// Attention over a batch: rotates queries and keys of the stacked rows `[q | k | v]`, appends keys and
+    /// values to the cache at each row's slot and position, and attends to positions 0 … its own.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] for a position that does not fit, [`Error::Shape`] for operands that do not.
+    pub fn attention(
+        &self,
+        shape: AttentionShape,
+        qkv: &[f32],
+        rows: &[RowPosition],
+        rope: &RopeTable,
+        kv: &mut CpuKv,
+        out: &mut [f32],
+    ) -> Result<()> {
+        attention::attention(self.isa, &self.pool, shape, qkv, rows, rope, kv, out)
+    }
+
+    /// Calls `row(t, out_t)` for every row of `stride` elements: here if there are few, else on all threads.
+    fn each_row<T: Send>(&self, out: &mut [T], stride: usize, row: impl Fn(usize, &mut [T]) + Sync) {
+        if out.len() <= ROWS_PER_TASK * stride {
+            return out.chunks_exact_mut(stride).enumerate().for_each(|(t, out)| row(t, out));
+        }
+        self.pool.for_each_chunk(out, ROWS_PER_TASK * stride, |task, chunk| {
+            for (i, out) in chunk.chunks_exact_mut(stride).enumerate() {
+                row(task * ROWS_PER_TASK + i, out);
+            }
+        });
+    }
+}
+
+fn shape_error(op: &'static str, input: usize, cols: usize, output: usize) -> Error {
+    Error::Shape { op, reason: format!("{input} elements in rows of {cols} do not fit an output of {output}") }
+}
+
+/// A per-thread buffer that is allocated once and grows to the widest row.
+fn with_scratch(len: usize, f: impl FnOnce(&mut [f32])) {
+    thread_local!(static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
+    SCRATCH.with_borrow_mut(|s| {
+        if s.len() < len {
+            s.resize(len, 0.0);
+        }
+        f(&mut s[..len]);
+    });
+}

@@ -1,0 +1,147 @@
+//! The CPU layout of ternary weights: one for all instruction sets.
+//!
+//! A tile is 16 rows. A line is 64 bytes: 16 rows by 16 columns.
+//!
+//! ```text
+//! line g of a tile:  | row 0: 4 bytes | row 1: 4 bytes | … | row 15: 4 bytes |     columns 16g … 16g+15
+//! byte b of a row:   bits 7:6 column 12+b | bits 5:4 column 8+b | bits 3:2 column 4+b | bits 1:0 column b
+//! ```
+//!
+//! So the codes at bit position p of a line are 16 rows by 4 consecutive columns, with one row per 32-bit lane:
+//! what `vpdpbusd`, `maddubs` + `madd` and `sdot` sum into one lane. Those four activations are one 32-bit
+//! broadcast, no horizontal sum is ever needed, and a tile is read front to back. Lanes of 512, 256 and 128
+//! bits all read the same line. Rows and columns are padded with code 0 against activations 0.
+
+use crate::backend::host::AlignedBuffer;
+use crate::backend::layout::LayoutId;
+use crate::ternary::{PackedTernary, Scale, transpose4x4};
+use crate::{Error, Result};
+
+use super::pool::Pool;
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+/// Columns of a line.
+pub const LINE_COLS: usize = 16;
+/// Bytes of a line.
+pub const LINE_BYTES: usize = 64;
+/// Most columns for which every accumulator stays below 2^24, exact in f32 too (numerics: |acc| ≤ 127·K).
+pub const MAX_COLS: usize = 132_104;
+
+/// A run of rows with one scale: one of several weights that share their input.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Segment {
+    /// Rows of this weight.
+    pub rows: usize,
+    /// Its scale.
+    pub scale: Scale,
+    /// Its first row in the output.
+    pub first_row: usize,
+    /// Its first tile.
+    pub first_tile: usize,
+}
+
+/// One or more ternary matrices over the same input, packed for the CPU kernels.
+#[derive(Debug)]
+pub struct CpuTernary {
+    layout: LayoutId,
+    cols: usize,
+    rows: usize,
+    tiles: usize,
+    segments: Vec<Segment>,
+    data: AlignedBuffer,
+}
+
+impl CpuTernary {
+    /// Packs `weights`, stacked in this order, in parallel.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is none, their columns differ or exceed [`MAX_COLS`].
+    pub fn pack(weights: &[PackedTernary], pool: &Pool) -> Result<Self> {
+        let shape_error = |reason| Error::Shape { op: "pack", reason };
+        let Some(cols) = weights.first().map(PackedTernary::cols) else {
+            return Err(shape_error("no weight to pack".into()));
+        };
+        if let Some(other) = weights.iter().find(|w| w.cols() != cols) {
+            return Err(shape_error(format!("weights of {cols} and {} columns cannot share an input", other.cols())));
+        }
+        if cols > MAX_COLS {
+            return Err(shape_error(format!("{cols} columns exceed {MAX_COLS}, where accumulators stop being exact")));
+        }
+        let (mut rows, mut tiles, mut segments) = (0, 0, Vec::with_capacity(weights.len()));
+        for w in weights {
+            segments.push(Segment { rows: w.rows(), scale: w.scale(), first_row: rows, first_tile: tiles });
+            rows += w.rows();
+            tiles += w.rows().div_ceil(TILE_ROWS);
+        }
+        let tile_bytes = cols.div_ceil(LINE_COLS) * LINE_BYTES;
+        let mut data = AlignedBuffer::zeroed(tiles * tile_bytes)?;
+        let owner = |tile: usize| segments.partition_point(|s| s.first_tile <= tile) - 1;
+        pool.for_each_chunk(&mut data, tile_bytes, |tile, out| {
+            let segment = owner(tile);
+            pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
+        });
+        Ok(Self { layout: LayoutId::CpuRows16, cols, rows, tiles, segments, data })
+    }
+
+    /// Layout of the packed bytes.
+    pub fn layout(&self) -> LayoutId {
+        self.layout
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Output features of all segments.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The weights that were stacked.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// Bytes that a product reads.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    pub(super) fn tiles(&self) -> usize {
+        self.tiles
+    }
+
+    /// Lines of a tile.
+    pub(super) fn groups(&self) -> usize {
+        self.cols.div_ceil(LINE_COLS)
+    }
+
+    pub(super) fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// The segment of a tile, and the tile's rows in the output.
+    pub(super) fn tile_rows(&self, tile: usize) -> (Scale, std::ops::Range<usize>) {
+        let s = &self.segments[self.segments.partition_point(|s| s.first_tile <= tile) - 1];
+        let within = (tile - s.first_tile) * TILE_ROWS;
+        let first = s.first_row + within;
+        (s.scale, first..first + (s.rows - within).min(TILE_ROWS))
+    }
+}
+
+/// Fills one tile from rows `first_row …` of `w`; rows past the end stay zero.
+fn pack_tile(w: &PackedTernary, first_row: usize, out: &mut [u8]) {
+    let count = (w.rows() - first_row).min(TILE_ROWS);
+    for lane in 0..count {
+        let row = w.row(first_row + lane);
+        let lines = out.chunks_exact_mut(LINE_BYTES);
+        for (line, four) in lines.zip(row.chunks(4)) {
+            let mut word = [0; 4];
+            word[..four.len()].copy_from_slice(four);
+            let word = transpose4x4(u32::from_le_bytes(word)).to_le_bytes();
+            line[4 * lane..4 * lane + 4].copy_from_slice(&word);
+        }
+    }
+}

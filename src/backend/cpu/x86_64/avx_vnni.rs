@@ -1,0 +1,164 @@
+//! 256-bit VNNI: a line is two registers of eight rows; otherwise as AVX-512 VNNI.
+//!
+//! Decode, per half line (128 weights): 1 load, 4 AND, 4 broadcasts, 4 dots. The body is written once; tests also
+//! run it in the EVEX encoding, so that it executes on CPUs that have AVX-512 VNNI but not AVX-VNNI.
+
+use std::arch::x86_64::*;
+
+use super::{PREFETCH, for_tokens};
+use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
+
+macro_rules! vnni256 {
+    ($(#[$doc:meta])* $kernel:ident, $name:literal, $module:ident, $features:literal, $detect:expr, $dot:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        pub struct $kernel(());
+
+        impl $kernel {
+            /// The kernel, if this CPU has its features.
+            pub fn new() -> Option<Self> {
+                $detect.then_some(Self(()))
+            }
+        }
+
+        impl TernaryKernel for $kernel {
+            fn name(&self) -> &'static str {
+                $name
+            }
+
+            fn gemv(&self, tiles: &[u8], groups: usize, q: &[i8], sums: &mut [i32]) {
+                check_gemv(tiles, groups, q, sums);
+                // SAFETY: `new` found the features; `check_gemv` found the sizes that the reads rely on.
+                unsafe { $module::gemv(tiles.as_ptr(), groups, q.as_ptr(), sums) }
+            }
+
+            fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]) {
+                check_gemm(tiles, groups, panel, tokens, sums);
+                use $module::gemm;
+                // `new` found the features; `check_gemm` found the sizes that the reads rely on.
+                for_tokens!(tokens, [1 2 3 4 5 6 7 8 9 10 11 12], gemm(tiles.as_ptr(), groups, panel.as_ptr(), sums))
+            }
+        }
+
+        mod $module {
+            use super::*;
+
+            /// # Safety
+            /// The kernel's features; `tiles` holds `sums.len() / 16 · groups` lines, `q` `16 · groups` codes.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) {
+                let masks =
+                    [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0u32].map(|m| _mm256_set1_epi32(m as i32));
+                let mut line = tiles;
+                for sums in sums.chunks_exact_mut(TILE_ROWS) {
+                    let mut acc = [[_mm256_setzero_si256(); 4]; 2];
+                    let mut q = q.cast::<i32>();
+                    for _ in 0..groups {
+                        // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes;
+                        // the prefetch may point anywhere.
+                        unsafe {
+                            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(PREFETCH).cast());
+                            let w = [_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast())];
+                            for p in 0..4 {
+                                let four = _mm256_set1_epi32(q.add(p).read_unaligned());
+                                for half in 0..2 {
+                                    acc[half][p] = $dot(acc[half][p], _mm256_and_si256(w[half], masks[p]), four);
+                                }
+                            }
+                            line = line.add(LINE_BYTES);
+                            q = q.add(4);
+                        }
+                    }
+                    for (sums, acc) in sums.chunks_exact_mut(8).zip(acc) {
+                        let low = _mm256_add_epi32(acc[0], _mm256_srai_epi32::<2>(acc[1]));
+                        let high = _mm256_add_epi32(_mm256_srai_epi32::<4>(acc[2]), _mm256_srai_epi32::<6>(acc[3]));
+                        // SAFETY: the chunk has 8 elements.
+                        unsafe { _mm256_storeu_si256(sums.as_mut_ptr().cast(), _mm256_add_epi32(low, high)) };
+                    }
+                }
+            }
+
+            /// Up to 12 tokens in passes of at most 4: 2 · 4 accumulators of 16 registers.
+            ///
+            /// # Safety
+            /// The kernel's features; `sums` is whole tiles of `[T][16]`, `tiles` holds as many tiles of
+            /// `groups` lines, `panel` `4 · groups · T` words.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn gemm<const T: usize>(
+                tiles: *const u8,
+                groups: usize,
+                panel: *const i32,
+                sums: &mut [i32],
+            ) {
+                let mut tile = tiles;
+                for sums in sums.chunks_exact_mut(T * TILE_ROWS) {
+                    for first in (0..T).step_by(4) {
+                        let sums = &mut sums[first * TILE_ROWS..];
+                        // SAFETY: one tile and tokens `first …` of its T are inside the operands.
+                        unsafe {
+                            let panel = panel.add(first);
+                            match T - first {
+                                1 => pass::<1, T>(tile, groups, panel, sums),
+                                2 => pass::<2, T>(tile, groups, panel, sums),
+                                3 => pass::<3, T>(tile, groups, panel, sums),
+                                _ => pass::<4, T>(tile, groups, panel, sums),
+                            }
+                        }
+                    }
+                    tile = tile.wrapping_add(groups * LINE_BYTES);
+                }
+            }
+
+            /// # Safety
+            /// As [`gemm`], for one tile and N of the T tokens.
+            #[target_feature(enable = $features)]
+            unsafe fn pass<const N: usize, const T: usize>(
+                tile: *const u8,
+                groups: usize,
+                panel: *const i32,
+                sums: &mut [i32],
+            ) {
+                let mask = _mm256_set1_epi8(3);
+                let mut acc = [[_mm256_setzero_si256(); 2]; N];
+                let (mut line, mut words) = (tile, panel);
+                for _ in 0..groups {
+                    // SAFETY: line g of the tile and the words of group g are inside the operands.
+                    unsafe {
+                        let mut w = [_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast())];
+                        for _ in 0..4 {
+                            let codes = w.map(|w| _mm256_and_si256(w, mask));
+                            for n in 0..N {
+                                let four = _mm256_set1_epi32(words.add(n).read());
+                                acc[n][0] = $dot(acc[n][0], codes[0], four);
+                                acc[n][1] = $dot(acc[n][1], codes[1], four);
+                            }
+                            w = w.map(|w| _mm256_srli_epi16::<2>(w));
+                            words = words.add(T);
+                        }
+                        line = line.add(LINE_BYTES);
+                    }
+                }
+                for (sums, acc) in sums.chunks_exact_mut(8).zip(acc.as_flattened()) {
+                    // SAFETY: the chunk has 8 elements.
+                    unsafe { _mm256_storeu_si256(sums.as_mut_ptr().cast(), *acc) };
+                }
+            }
+        }
+    };
+}
+
+vnni256! {
+    /// The AVX-VNNI kernel.
+    AvxVnni, "avx-vnni", vex, "avx2,avxvnni",
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avxvnni"),
+    _mm256_dpbusd_avx_epi32
+}
+
+#[cfg(test)]
+vnni256! {
+    /// The same body with the instruction's EVEX encoding, for tests.
+    EvexVnni, "avx-vnni (EVEX)", evex, "avx2,avx512f,avx512vl,avx512vnni",
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni"),
+    _mm256_dpbusd_epi32
+}

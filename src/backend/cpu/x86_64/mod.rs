@@ -1,0 +1,28 @@
+//! Ternary kernels for x86-64, one file per instruction set.
+
+mod avx2;
+mod avx512_vnni;
+mod avx_vnni;
+
+pub use avx_vnni::AvxVnni;
+pub use avx2::Avx2;
+pub use avx512_vnni::Avx512Vnni;
+
+#[cfg(test)]
+pub(super) use avx_vnni::EvexVnni;
+
+/// Bytes ahead of the read position that are prefetched. Decode is limited by outstanding memory requests:
+/// without it one core reads half as much (README, "Measured").
+const PREFETCH: usize = 4096;
+
+/// Runs `$pass::<N>` for the run-time token count `$tokens`, an integer from 1 to 12.
+macro_rules! for_tokens {
+    ($tokens:expr, [$($n:literal)*], $pass:ident $args:tt) => {
+        match $tokens {
+            // SAFETY: the caller's contract, stated where the macro is used.
+            $($n => unsafe { $pass::<$n> $args },)*
+            _ => unreachable!("checked by check_gemm"),
+        }
+    };
+}
+use for_tokens;
