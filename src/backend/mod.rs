@@ -8,5 +8,8 @@ pub mod attention;
 pub mod cpu;
 pub mod host;
 mod layout;
+mod select;
 
 pub use layout::LayoutId;
+pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, TernaryWeight, select_device};
+pub(crate) use select::not_built;
