@@ -75,7 +75,8 @@ fn open_bytes(bytes: &[u8]) -> (TempDir, Result<Checkpoint>) {
 }
 
 fn size_of(dir: &Path) -> u64 {
-    std::fs::read_dir(dir).unwrap().filter_map(|e| e.ok()?.path().metadata().ok()).map(|m| m.len()).sum()
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    entries.filter_map(|e| e.ok()?.path().metadata().ok()).map(|m| m.len()).sum()
 }
 
 /// Opening must fail, naming `culprit` and `reason`, within the promised time and memory.
@@ -171,7 +172,7 @@ fn hostile_headers_are_refused_by_name() {
         (file("[]", &[]), "an object of tensors"),
         (file("{} {}", &[]), "trailing"),
         (file(r#"{"w": "#, &[]), "EOF"),
-        (file("{\"w\xff\": 1}".replace('ÿ', "\u{7f}").as_str(), &[]), "printable"),
+        (file("{\"w\u{7f}\": 1}", &[]), "printable"),
         (file(&deep, &[]), "header"),
         (file(&format!("{{\"__metadata__\": {deep}"), &[]), "EOF"),
         (file(&format!("{{\"w\": {deep}"), &[]), "EOF"),
@@ -181,7 +182,7 @@ fn hostile_headers_are_refused_by_name() {
         (file(&format!("{{\"a b\": {}}}", &good[5..]), &[0; 4]), "not printable"),
         (file(&format!("{{\"\\u0077\": {}}}", &good[5..]), &[0; 4]), "escape"),
         (file(&format!("{{\"\u{202e}w\": {}}}", &good[5..]), &[0; 4]), "not printable"),
-        (file(&format!("{{{}}}", many(limits::MAX_TENSORS + 1)), &[]), "8193 tensors"),
+        (file(&format!("{{{}}}", many(limits::MAX_TENSORS + 1)), &[]), "4097 tensors"),
         (file(&format!("{{{}}}", many(limits::MAX_TENSORS)), &[0]), "1 bytes at the end"),
         (entry("7"), "tensor w: invalid type"),
         (entry("{}"), "tensor w: missing field `dtype`"),
@@ -236,12 +237,19 @@ fn the_largest_legal_header_stays_within_its_allowance() {
     assert_eq!(opened.unwrap().tensors().len(), limits::MAX_TENSORS);
     assert!(peak as u64 <= size_of(dir.path()) + (1 << 20), "{peak} bytes held for {}", bytes.len());
 
-    let map: Vec<_> = (0..limits::MAX_TENSORS).map(|i| format!("\"{i}\":\"a.safetensors\"")).collect();
-    let index = format!("{{\"weight_map\":{{{}}}}}", map.join(","));
-    let dir = self::dir(&[("a.safetensors", &bytes), ("model.safetensors.index.json", index.as_bytes())]);
-    let (opened, peak) = peak_of(|| Checkpoint::open(dir.path()));
-    assert_eq!(opened.unwrap().tensors().len(), limits::MAX_TENSORS);
-    assert!(peak as u64 <= size_of(dir.path()) + (1 << 20), "{peak} bytes held");
+    for shards in [1, 2, 3, 16, 256] {
+        let name = |shard: usize| format!("{shard}.safetensors");
+        let map: Vec<_> = (0..limits::MAX_TENSORS).map(|i| format!("\"{i}\":{:?}", name(i % shards))).collect();
+        let index = format!("{{\"weight_map\":{{{}}}}}", map.join(","));
+        let dir = self::dir(&[("model.safetensors.index.json", index.as_bytes())]);
+        for shard in 0..shards {
+            let entries: Vec<_> = entries.iter().skip(shard).step_by(shards).cloned().collect();
+            std::fs::write(dir.path().join(name(shard)), file(&format!("{{{}}}", entries.join(",")), &[])).unwrap();
+        }
+        let (opened, peak) = peak_of(|| Checkpoint::open(dir.path()));
+        assert_eq!(opened.unwrap().tensors().len(), limits::MAX_TENSORS);
+        assert!(peak as u64 <= size_of(dir.path()) + (1 << 20), "{shards} shards: {peak} bytes held");
+    }
 }
 
 #[test]
@@ -333,7 +341,7 @@ fn hostile_indexes_are_refused_by_name() {
         (map(r#""a": "a.safetensors", "x": "a.safetensors""#), "a.safetensors", "tensor x: not in this shard"),
         (map(r#""a": "a.safetensors", "b": "a.safetensors""#), "a.safetensors", "tensor b: not in this shard"),
         (map(r#""a": "a.safetensors", "b": "a2.safetensors""#), "a2.safetensors", "tensor a: also in"),
-        (map(&many), INDEX, "more than 8192"),
+        (map(&many), INDEX, "more than 4096"),
         (map(&shards), INDEX, "1024 shards"),
         (" ".repeat(limits::MAX_INDEX_SIZE + 1), INDEX, "at most"),
     ];

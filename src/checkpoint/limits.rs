@@ -10,7 +10,7 @@ pub const MAX_HEADER_SIZE: usize = 16 << 20;
 pub const MAX_INDEX_SIZE: usize = 8 << 20;
 
 /// Tensors in a checkpoint, all shards together. 126 layers with every optional norm have 3,150.
-pub const MAX_TENSORS: usize = 8192;
+pub const MAX_TENSORS: usize = 4096;
 
 /// Bytes of a tensor's name, which must be printable ASCII without spaces.
 pub const MAX_NAME_LENGTH: usize = 256;
