@@ -1,1 +1,20 @@
-//! Opens checkpoints.
+//! Opens checkpoints: local directories and hub repositories of safetensors, validated before anything is
+//! allocated for them.
+//!
+//! A checkpoint is untrusted input. [`header`] checks every length and offset of a file against its size,
+//! [`limits`] names the limits, and errors name the file and the tensor. SECURITY.md says what is promised.
+
+mod dense;
+pub mod header;
+
+mod index;
+pub(crate) mod json;
+pub mod limits;
+mod linear;
+mod open;
+mod tensor;
+
+pub use dense::{DenseType, DenseView};
+pub use linear::{LinearWeight, ScaleStyle};
+pub use open::Checkpoint;
+pub use tensor::{StoredType, TensorInfo, TensorView};

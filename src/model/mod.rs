@@ -1,1 +1,4 @@
 //! Model.
+
+pub mod config;
+pub mod presets;
