@@ -7,6 +7,8 @@ pub mod checkpoint;
 mod error;
 pub mod generate;
 pub mod model;
+pub mod nn;
+pub mod ops;
 pub mod ternary;
 pub mod text;
 

@@ -6,10 +6,12 @@
 pub mod activation;
 pub mod attention;
 pub mod cpu;
+mod dense_type;
 pub mod host;
 mod layout;
 mod select;
 
+pub use dense_type::DenseType;
 pub use layout::LayoutId;
 pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, TernaryWeight, select_device};
 pub(crate) use select::not_built;

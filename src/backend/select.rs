@@ -1,7 +1,8 @@
 //! The choice of the device, made once, at load.
 
 use super::attention::AttentionShape;
-use super::cpu::{Cpu, CpuDense, CpuKv, CpuOptions, CpuTernary, DenseType, Segment};
+use super::cpu::{Cpu, CpuDense, CpuKv, CpuOptions, CpuTernary, Segment};
+use super::dense_type::DenseType;
 use super::host::MappedFile;
 use super::layout::LayoutId;
 use crate::ternary::PackedTernary;

@@ -14,7 +14,7 @@ mod linear;
 mod open;
 mod tensor;
 
-pub use dense::{DenseType, DenseView};
+pub use dense::DenseView;
 pub use linear::{LinearWeight, ScaleStyle};
 pub use open::Checkpoint;
 pub use tensor::{StoredType, TensorInfo, TensorView};

@@ -1,7 +1,8 @@
 //! A local directory as a set of mapped, checked tensors.
 
 use super::limits::{MAX_CONFIG_SIZE, MAX_TENSORS};
-use super::{DenseType, DenseView, StoredType, TensorInfo, TensorView, header, index};
+use super::{DenseView, StoredType, TensorInfo, TensorView, header, index};
+use crate::backend::DenseType;
 use crate::backend::host::MappedFile;
 use crate::{Error, Result};
 use std::fs::File;

@@ -1,4 +1,9 @@
-//! Model.
+//! One decoder for every b1.58 family: its configuration, its weights, its forward pass. Knows no text.
 
 pub mod config;
+mod decoder;
 pub mod presets;
+mod source;
+
+pub use decoder::{Decoder, Footprint, Logits, Sequence};
+pub use source::{CheckpointWeights, WeightSource};

@@ -6,41 +6,12 @@
 use super::isa::{Isa, per_isa};
 use super::lanes::{LANES, Stored, sum_lanes};
 use super::pool::{Pool, SendPtr};
+use crate::backend::DenseType;
 use crate::backend::host::{AlignedBuffer, MappedFile};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// A stored floating-point type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DenseType {
-    /// 32 bits.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl DenseType {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// The name in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-        }
-    }
-}
 
 #[derive(Debug)]
 enum Bytes {
@@ -126,7 +97,7 @@ impl CpuDense {
         match self.dtype {
             DenseType::F32 => widen::<f32>(self, row, out),
             DenseType::F16 => widen::<f16>(self, row, out),
-            DenseType::Bf16 => widen::<bf16>(self, row, out),
+            DenseType::BF16 => widen::<bf16>(self, row, out),
         }
     }
 }
@@ -258,7 +229,7 @@ pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: 
     match w.dtype {
         DenseType::F32 => typed::<f32>(isa, pool, w, x, out),
         DenseType::F16 => typed::<f16>(isa, pool, w, x, out),
-        DenseType::Bf16 => typed::<bf16>(isa, pool, w, x, out),
+        DenseType::BF16 => typed::<bf16>(isa, pool, w, x, out),
     }
     Ok(())
 }
@@ -275,7 +246,7 @@ mod tests {
                 match dtype {
                     DenseType::F32 => b.copy_from_slice(&value(i).to_le_bytes()),
                     DenseType::F16 => b.copy_from_slice(&f16::from_f32(value(i)).to_le_bytes()),
-                    DenseType::Bf16 => b.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes()),
+                    DenseType::BF16 => b.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes()),
                 }
             }
         })
@@ -289,7 +260,7 @@ mod tests {
         ) {
             let pool = Pool::new(2);
             let x: Vec<f32> = (0..tokens * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0).collect();
-            for dtype in [DenseType::F32, DenseType::F16, DenseType::Bf16] {
+            for dtype in [DenseType::F32, DenseType::F16, DenseType::BF16] {
                 let m = matrix(dtype, rows, cols, seed);
                 let mut wide = vec![0.0; rows * cols];
                 wide.chunks_exact_mut(cols).enumerate().for_each(|(r, out)| m.row(r, out));

@@ -20,7 +20,7 @@ mod x86_64;
 
 pub use attention::CpuKv;
 pub use bandwidth::Bandwidth;
-pub use dense::{CpuDense, DenseType};
+pub use dense::CpuDense;
 pub use kernel::{KernelKind, TernaryKernel};
 pub use norm::Gate;
 pub use pool::Pool;

@@ -1,0 +1,292 @@
+//! The decoder: one definition for BitNet (sub-norms, relu²) and Llama-style b1.58 models.
+
+use super::config::{Activation, ModelConfig, Projection};
+use super::source::WeightSource;
+use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
+use crate::backend::cpu::Gate;
+use crate::backend::{Backend, DenseType, DenseWeight};
+use crate::nn::{KvCache, Linear, LinearGroup, LinearParts, RmsNorm};
+use crate::ops::{self, AttentionInput};
+use crate::{Error, Result};
+use candle_core::Tensor;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One sequence's part of a batch: tokens that follow its first `position` ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'a> {
+    /// The sequence's slot in the KV cache.
+    pub slot: usize,
+    /// Position of the first of `tokens`.
+    pub position: usize,
+    /// Tokens to append; one in decode, many in prefill.
+    pub tokens: &'a [u32],
+}
+
+/// Which logits a forward pass computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// Those after each sequence's last token: `[sequences, vocab]`.
+    Last,
+    /// Those after every token, sequences one after the other: `[tokens, vocab]`.
+    All,
+}
+
+/// Bytes that a decoded token reads and a position keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Packed ternary weights.
+    pub ternary: usize,
+    /// Output head.
+    pub head: usize,
+    /// Embedding, where it is not the head; a token reads one row of it.
+    pub embedding: usize,
+    /// Projections that are not ternary.
+    pub dense: usize,
+    /// Elements of keys and values of one position.
+    pub kv_elements_per_position: usize,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: RmsNorm,
+    qkv: LinearGroup,
+    attention_sub_norm: Option<RmsNorm>,
+    output: Linear,
+    post_attention_norm: RmsNorm,
+    gate_up: LinearGroup,
+    mlp_sub_norm: Option<RmsNorm>,
+    down: Linear,
+}
+
+/// A b1.58 decoder on one device.
+#[derive(Debug)]
+pub struct Decoder {
+    backend: Backend,
+    config: ModelConfig,
+    shape: AttentionShape,
+    rope: RopeTable,
+    gate: Gate,
+    embedding: Arc<DenseWeight>,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Arc<DenseWeight>,
+    /// Row positions of the batch in progress; kept, so that a step does not allocate them.
+    rows: Mutex<Vec<RowPosition>>,
+}
+
+impl Decoder {
+    /// Loads and packs all weights. `context` positions are prepared for; `progress` is called after each layer.
+    ///
+    /// # Errors
+    /// Those of the source; [`Error::Shape`] for shapes that no kernel runs.
+    pub fn load(
+        backend: &Backend,
+        config: ModelConfig,
+        source: &dyn WeightSource,
+        context: usize,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self> {
+        let shape = AttentionShape::new(config.num_heads, config.num_kv_heads, config.head_dim)?;
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embedding = Arc::new(source.dense(backend, "model.embed_tokens.weight", vocab, hidden)?);
+        let head = if config.tied_embeddings {
+            Arc::clone(&embedding)
+        } else {
+            Arc::new(source.dense(backend, "lm_head.weight", vocab, hidden)?)
+        };
+        let norm = |name: &str, len: usize| {
+            RmsNorm::new(source.vector(name, len)?, config.rms_norm_eps, backend.device())
+        };
+        let mut layers = Vec::with_capacity(config.num_layers);
+        for index in 0..config.num_layers {
+            layers.push(load_layer(backend, &config, source, index, &norm)?);
+            progress(index + 1);
+        }
+        Ok(Self {
+            rope: RopeTable::new(context, config.head_dim, config.rope_theta),
+            gate: match config.activation {
+                Activation::Relu2 => Gate::Relu2,
+                Activation::Silu => Gate::Silu,
+            },
+            norm: norm("model.norm.weight", hidden)?,
+            backend: backend.clone(),
+            config,
+            shape,
+            embedding,
+            layers,
+            head,
+            rows: Mutex::default(),
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device and its kernels.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Positions that a sequence can have.
+    pub fn context(&self) -> usize {
+        self.rope.positions()
+    }
+
+    /// A KV cache for this model.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the device refuses the memory.
+    pub fn kv_cache(&self, dtype: DenseType, slots: usize) -> Result<KvCache> {
+        KvCache::new(&self.backend, self.shape, dtype, self.layers.len(), slots, self.context())
+    }
+
+    /// What the weights occupy, by what reads them.
+    pub fn footprint(&self) -> Footprint {
+        let (mut ternary, mut dense) = (0, 0);
+        let mut count = |bytes: usize, is_ternary: bool| *if is_ternary { &mut ternary } else { &mut dense } += bytes;
+        for layer in &self.layers {
+            for group in [&layer.qkv, &layer.gate_up] {
+                let (t, d) = group.bytes();
+                count(t, true);
+                count(d, false);
+            }
+            for linear in [&layer.output, &layer.down] {
+                count(linear.bytes(), linear.is_ternary());
+            }
+        }
+        Footprint {
+            ternary,
+            dense,
+            head: self.head.bytes(),
+            embedding: if self.config.tied_embeddings { 0 } else { self.embedding.bytes() },
+            kv_elements_per_position: 2 * self.layers.len() * self.shape.kv_heads * self.shape.head_dim,
+        }
+    }
+
+    /// Appends each sequence's tokens at its position and returns logits, f32.
+    ///
+    /// Sequences are independent: a token's logits do not depend on what else is in the batch, nor on how its
+    /// sequence was cut into calls.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] if a sequence does not fit, [`Error::Request`] for an empty sequence, a slot that
+    /// does not exist or is used twice, or a token outside the vocabulary; the cache is then unchanged.
+    pub fn forward(&self, batch: &[Sequence<'_>], cache: &KvCache, logits: Logits) -> Result<Tensor> {
+        self.check(batch, cache)?;
+        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.clear();
+        for s in batch {
+            rows.extend((0..s.tokens.len()).map(|i| RowPosition { slot: s.slot, position: s.position + i }));
+        }
+        let ids = match batch {
+            [one] => Tensor::from_slice(one.tokens, one.tokens.len(), self.backend.device())?,
+            _ => {
+                let ids: Vec<u32> = batch.iter().flat_map(|s| s.tokens).copied().collect();
+                Tensor::from_vec(ids, rows.len(), self.backend.device())?
+            }
+        };
+        let mut x = ops::embed(&self.backend, &self.embedding, &ids)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let Some(kv) = cache.layer(index) else { break };
+            x = self.layer(layer, &x, AttentionInput { shape: self.shape, rows: &rows, rope: &self.rope, kv })?;
+        }
+        if logits == Logits::Last && rows.len() > batch.len() {
+            let ends = batch.iter().scan(0, |end, s| {
+                *end += s.tokens.len() as u32;
+                Some(*end - 1)
+            });
+            let ends: Vec<u32> = ends.collect();
+            x = x.index_select(&Tensor::from_vec(ends, batch.len(), self.backend.device())?, 0)?;
+        }
+        let x = self.norm.forward(&self.backend, &x)?;
+        ops::dense_linear(&self.backend, &self.head, &x)
+    }
+
+    fn layer(&self, layer: &Layer, x: &Tensor, input: AttentionInput<'_>) -> Result<Tensor> {
+        let backend = &self.backend;
+        let qkv = layer.qkv.forward(backend, x, &layer.input_norm)?;
+        let context = ops::attention(backend, &qkv, input)?;
+        let x = layer.output.forward(backend, &context, layer.attention_sub_norm.as_ref(), Some(x))?;
+        let gate_up = layer.gate_up.forward(backend, &x, &layer.post_attention_norm)?;
+        layer.down.forward_gated(backend, self.gate, &gate_up, layer.mlp_sub_norm.as_ref(), Some(&x))
+    }
+
+    fn check(&self, batch: &[Sequence<'_>], cache: &KvCache) -> Result<()> {
+        if batch.is_empty() || batch.iter().any(|s| s.tokens.is_empty()) {
+            return Err(Error::request("tokens", "at least one token is needed for each sequence"));
+        }
+        if cache.layers() != self.layers.len() {
+            return Err(Error::Shape {
+                op: "forward",
+                reason: format!("a cache of {} layers for a model of {}", cache.layers(), self.layers.len()),
+            });
+        }
+        let available = cache.capacity().min(self.context());
+        for (i, s) in batch.iter().enumerate() {
+            if s.slot >= cache.slots() || batch[..i].iter().any(|other| other.slot == s.slot) {
+                let reason = format!("{} is used twice or not below {}", s.slot, cache.slots());
+                return Err(Error::request("KV slot", reason));
+            }
+            let needed = s.position.saturating_add(s.tokens.len());
+            if needed > available {
+                return Err(Error::ContextFull { needed, available });
+            }
+            if let Some(id) = s.tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
+                let reason = format!("{id} is outside the vocabulary of {}", self.config.vocab_size);
+                return Err(Error::request("token id", reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Loads one layer; its projections are decoded in parallel and packed as soon as they are.
+fn load_layer(
+    backend: &Backend,
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    index: usize,
+    norm: &dyn Fn(&str, usize) -> Result<RmsNorm>,
+) -> Result<Layer> {
+    let decoded: [Mutex<Option<Result<_>>>; 7] = Default::default();
+    backend.cpu().pool().run(Projection::ALL.len(), &|i| {
+        let weight = source.linear(backend, index, Projection::ALL[i]);
+        *decoded[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(weight);
+    });
+    let mut parts = Vec::with_capacity(7);
+    for (slot, which) in decoded.into_iter().zip(Projection::ALL) {
+        let name = config.projection_name(index, which);
+        let weight = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let weight = weight.unwrap_or_else(|| source.linear(backend, index, which))?;
+        let norm = match config.quantization.use_rms_norm && config.is_converted(&name) {
+            false => None,
+            true => {
+                let (_, cols) = config.projection_shape(which);
+                let weight = source.vector(&format!("{name}.rms_norm.weight"), cols)?;
+                Some(RmsNorm::new(weight, config.quantization.rms_norm_eps, backend.device())?)
+            }
+        };
+        parts.push(LinearParts { weight, norm });
+    }
+    let mut parts = parts.into_iter();
+    let mut take = |n: usize| -> Vec<LinearParts> { parts.by_ref().take(n).collect() };
+    let (qkv, mut output, gate_up, mut down) = (take(3), take(1), take(2), take(1));
+    let one = |parts: &mut Vec<LinearParts>| match parts.pop() {
+        Some(p) => Linear::new(backend, p),
+        None => Err(Error::Shape { op: "load", reason: "a layer has seven projections".into() }),
+    };
+    let name = |path: &str| format!("model.layers.{index}.{path}.weight");
+    let sub = |path: &str, len: usize| config.sub_norms.then(|| norm(&name(path), len)).transpose();
+    Ok(Layer {
+        input_norm: norm(&name("input_layernorm"), config.hidden_size)?,
+        qkv: LinearGroup::new(backend, qkv)?,
+        attention_sub_norm: sub("self_attn.attn_sub_norm", config.q_size())?,
+        output: one(&mut output)?,
+        post_attention_norm: norm(&name("post_attention_layernorm"), config.hidden_size)?,
+        gate_up: LinearGroup::new(backend, gate_up)?,
+        mlp_sub_norm: sub("mlp.ffn_sub_norm", config.intermediate_size)?,
+        down: one(&mut down)?,
+    })
+}

@@ -1,0 +1,11 @@
+//! Layers as candle modules: usable alone in any candle model, and assembled into the decoder by `model`.
+
+mod bit_linear;
+mod kv_cache;
+mod linear;
+mod norm;
+
+pub use bit_linear::BitLinear;
+pub use kv_cache::KvCache;
+pub use linear::{Linear, LinearGroup, LinearParts, LinearWeight};
+pub use norm::RmsNorm;
