@@ -91,11 +91,8 @@ fn sequences_of_a_batch_do_not_see_each_other() {
     let alone: Vec<Vec<Vec<f32>>> = ids.iter().map(|ids| logits(&model, ids, usize::MAX)).collect();
     // Prefill of one beside decode of others, each at its own position, slots in another order.
     let cache = model.kv_cache(DenseType::F32, 4).unwrap();
-    let sequence = |i: usize, from: usize, to: usize| Sequence {
-        slot: [3, 0, 2][i],
-        position: from,
-        tokens: &ids[i][from..to],
-    };
+    let sequence =
+        |i: usize, from: usize, to: usize| Sequence { slot: [3, 0, 2][i], position: from, tokens: &ids[i][from..to] };
     let steps: [&[Sequence]; 3] = [
         &[sequence(0, 0, 3), sequence(1, 0, 20)],
         &[sequence(2, 0, 40), sequence(1, 20, 21), sequence(0, 3, 4)],

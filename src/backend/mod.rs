@@ -13,5 +13,5 @@ mod select;
 
 pub use dense_type::DenseType;
 pub use layout::LayoutId;
-pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, TernaryWeight, select_device};
 pub(crate) use select::not_built;
+pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, TernaryWeight, select_device};

@@ -146,13 +146,7 @@ impl Backend {
     ///
     /// # Errors
     /// [`Error::Unavailable`] if memory is short.
-    pub fn kv_layer(
-        &self,
-        dtype: DenseType,
-        shape: AttentionShape,
-        slots: usize,
-        positions: usize,
-    ) -> Result<KvLayer> {
+    pub fn kv_layer(&self, dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<KvLayer> {
         CpuKv::new(dtype, shape, slots, positions).map(KvLayer::Cpu)
     }
 }

@@ -94,9 +94,8 @@ impl Decoder {
         } else {
             Arc::new(source.dense(backend, "lm_head.weight", vocab, hidden)?)
         };
-        let norm = |name: &str, len: usize| {
-            RmsNorm::new(source.vector(name, len)?, config.rms_norm_eps, backend.device())
-        };
+        let norm =
+            |name: &str, len: usize| RmsNorm::new(source.vector(name, len)?, config.rms_norm_eps, backend.device());
         let mut layers = Vec::with_capacity(config.num_layers);
         for index in 0..config.num_layers {
             layers.push(load_layer(backend, &config, source, index, &norm)?);

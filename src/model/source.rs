@@ -2,7 +2,7 @@
 
 use super::config::{ModelConfig, Projection};
 use super::presets::SyntheticWeights;
-use crate::backend::{Backend, DenseWeight, DenseType};
+use crate::backend::{Backend, DenseType, DenseWeight};
 use crate::checkpoint::{self, Checkpoint};
 use crate::nn::LinearWeight;
 use crate::ternary::PackedTernary;
@@ -14,12 +14,7 @@ pub trait WeightSource: Sync {
     ///
     /// # Errors
     /// If it is missing, malformed or not ternary.
-    fn linear(
-        &self,
-        backend: &Backend,
-        layer: usize,
-        which: Projection,
-    ) -> Result<LinearWeight>;
+    fn linear(&self, backend: &Backend, layer: usize, which: Projection) -> Result<LinearWeight>;
 
     /// A norm's weight.
     ///
@@ -68,12 +63,7 @@ impl<'a> CheckpointWeights<'a> {
 }
 
 impl WeightSource for CheckpointWeights<'_> {
-    fn linear(
-        &self,
-        backend: &Backend,
-        layer: usize,
-        which: Projection,
-    ) -> Result<LinearWeight> {
+    fn linear(&self, backend: &Backend, layer: usize, which: Projection) -> Result<LinearWeight> {
         let (rows, cols) = self.config.projection_shape(which);
         let name = self.config.projection_name(layer, which);
         if !self.config.is_converted(&name) {
@@ -100,12 +90,7 @@ impl WeightSource for CheckpointWeights<'_> {
 }
 
 impl WeightSource for SyntheticWeights {
-    fn linear(
-        &self,
-        _: &Backend,
-        layer: usize,
-        which: Projection,
-    ) -> Result<LinearWeight> {
+    fn linear(&self, _: &Backend, layer: usize, which: Projection) -> Result<LinearWeight> {
         self.linear(layer, which).map(LinearWeight::Ternary)
     }
 

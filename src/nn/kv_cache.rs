@@ -1,8 +1,8 @@
 //! The preallocated cache of keys and values.
 
 use crate::Result;
-use crate::backend::attention::AttentionShape;
 use crate::backend::DenseType;
+use crate::backend::attention::AttentionShape;
 use crate::backend::{Backend, KvLayer};
 use std::sync::Mutex;
 

@@ -11,12 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
 ///
 /// # Errors
 /// [`crate::Error::Layout`] for a weight packed for another kernel; of candle, if shapes do not fit.
-pub fn linear(
-    backend: &Backend,
-    weight: &TernaryWeight,
-    x: &Quantized,
-    residual: Option<&Tensor>,
-) -> Result<Tensor> {
+pub fn linear(backend: &Backend, weight: &TernaryWeight, x: &Quantized, residual: Option<&Tensor>) -> Result<Tensor> {
     if x.cols() != weight.cols() {
         return Err(crate::Error::Shape {
             op: "quantized linear",

@@ -31,12 +31,12 @@ impl Scale {
         }
     }
 
-    /// Applies the scale to `x` as the checkpoint's convention says.
-    #[inline(always)]
-    pub fn apply(self, x: f32) -> f32 {
+    /// What turns an accumulator into an output, given the token's activation scale: `scale / s_x` or
+    /// `1 / (scale · s_x)`, in f64 so that the output is rounded once.
+    pub fn factor(self, s_x: f32) -> f64 {
         match self {
-            Self::Multiply(s) => x * s,
-            Self::Divide(s) => x / s,
+            Self::Multiply(s) => f64::from(s) / f64::from(s_x),
+            Self::Divide(s) => 1.0 / (f64::from(s) * f64::from(s_x)),
         }
     }
 }

@@ -12,12 +12,14 @@
 use super::isa::{Isa, per_isa};
 use super::lanes::{LANES, Stored, exp, max_lanes, sum_lanes};
 use super::pool::{Pool, SendPtr};
-use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::DenseType;
+use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::host::AlignedBuffer;
 use crate::{Error, Result};
 use half::{bf16, f16};
 
+/// Partial sums of a score.
+const SUMS: usize = 8;
 /// Positions of a block of the online softmax.
 const BLOCK: usize = 64;
 
@@ -47,14 +49,19 @@ impl CpuKv {
 }
 
 /// Rotates the first `dim` elements of `x`, pairs (i, i + dim / 2), by one position's angles.
+///
+/// In f64 with one rounding: the softmax multiplies errors of queries and keys by the size of the scores, and
+/// there are few elements.
 #[inline(always)]
 pub(super) fn rotate(x: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
     let half = cos.len();
     let (x1, x2) = (&x[..half], &x[half..2 * half]);
     let (o1, o2) = out[..2 * half].split_at_mut(half);
     for i in 0..half {
-        o1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-        o2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+        let (x1, x2) = (f64::from(x1[i]), f64::from(x2[i]));
+        let (cos, sin) = (f64::from(cos[i]), f64::from(sin[i]));
+        o1[i] = (x1 * cos - x2 * sin) as f32;
+        o2[i] = (x2 * cos + x1 * sin) as f32;
     }
 }
 
@@ -110,22 +117,25 @@ per_isa! {
                 }
                 for g in 0..group {
                     let q = &q[g * dim..][..dim];
-                    let mut acc = [[0f32; LANES]; 4];
-                    let (fours, rest) = wide[..dim * LANES].as_chunks::<{ 4 * LANES }>();
-                    for (k, q) in fours.iter().zip(q.as_chunks::<4>().0) {
-                        for a in 0..4 {
+                    // Eight partial sums: short chains round less, and as many additions are in flight.
+                    let mut acc = [[0f32; LANES]; SUMS];
+                    let (wholes, rest) = wide[..dim * LANES].as_chunks::<{ SUMS * LANES }>();
+                    for (k, q) in wholes.iter().zip(q.as_chunks::<SUMS>().0) {
+                        for a in 0..SUMS {
                             for i in 0..LANES {
                                 acc[a][i] += q[a] * k[a * LANES + i];
                             }
                         }
                     }
-                    for (a, (k, q)) in rest.as_chunks::<LANES>().0.iter().zip(&q[dim / 4 * 4..]).enumerate() {
+                    for (a, (k, q)) in rest.as_chunks::<LANES>().0.iter().zip(&q[wholes.len() * SUMS..]).enumerate() {
                         for i in 0..LANES {
                             acc[a][i] += q * k[i];
                         }
                     }
                     for i in 0..LANES {
-                        scores[g][sub * LANES + i] = (acc[0][i] + acc[1][i] + (acc[2][i] + acc[3][i])) * scale;
+                        let low = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
+                        let high = (acc[4][i] + acc[5][i]) + (acc[6][i] + acc[7][i]);
+                        scores[g][sub * LANES + i] = (low + high) * scale;
                     }
                 }
             }

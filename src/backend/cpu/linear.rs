@@ -5,7 +5,6 @@ use super::kernel::{MAX_TOKENS, TernaryKernel};
 use super::pool::{Pool, SendPtr};
 use super::tiles::{CpuTernary, LINE_BYTES, TILE_ROWS};
 use crate::backend::activation::QuantizedRows;
-use crate::ternary::Scale;
 use crate::{Error, Result};
 
 /// Bytes of weights that one decode task reads: some 10 µs, so that a slow core costs little at the end.
@@ -14,20 +13,13 @@ const TASK_BYTES: usize = 96 << 10;
 const TASK_TILES: usize = 16;
 
 per_isa! {
-    /// `out = (sums − Σq) / s_x`, scaled; plus the residual if there is one.
-    fn finish(sums: &[i32], q_sum: i32, s_x: f32, scale: Scale, residual: Option<&[f32]>, out: &mut [f32]) {
-        // The style is taken out of the loop, so that the loop vectorises.
-        match scale {
-            Scale::Multiply(s) => {
-                for (o, acc) in out.iter_mut().zip(sums) {
-                    *o = (acc - q_sum) as f32 / s_x * s;
-                }
-            }
-            Scale::Divide(s) => {
-                for (o, acc) in out.iter_mut().zip(sums) {
-                    *o = (acc - q_sum) as f32 / s_x / s;
-                }
-            }
+    /// `out = (sums − Σq) · factor`, rounded once; plus the residual if there is one.
+    ///
+    /// Two roundings in f32 (`/ s_x`, `· scale`) would be errors of two units in the last place in queries and
+    /// keys, which the softmax multiplies by the size of the scores; the f64 product also beats the division.
+    fn finish(sums: &[i32], q_sum: i32, factor: f64, residual: Option<&[f32]>, out: &mut [f32]) {
+        for (o, acc) in out.iter_mut().zip(sums) {
+            *o = (f64::from(acc - q_sum) * factor) as f32;
         }
         if let Some(residual) = residual {
             for (o, r) in out.iter_mut().zip(residual) {
@@ -78,7 +70,8 @@ pub(super) fn linear(
         // SAFETY: at.end <= rows and t < tokens, so the range lies inside `out`, which is borrowed mutably for
         // the whole call; ranges of different (tile, token) do not overlap.
         let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(start), len) };
-        finish(isa, &sums[..len], x.sum(t), x.scale(t), scale, residual.map(|r| &r[start..start + len]), out);
+        let factor = scale.factor(x.scale(t));
+        finish(isa, &sums[..len], x.sum(t), factor, residual.map(|r| &r[start..start + len]), out);
     };
     if tokens == 1 {
         let per_task = (TASK_BYTES / tile_bytes).clamp(1, TASK_TILES);
