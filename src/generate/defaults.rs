@@ -9,7 +9,7 @@ use std::path::Path;
 const MAX_EOS: usize = 256;
 
 /// Tokens that end a turn in known chat templates. One counts if the template writes it and the tokenizer has it as a
-/// special token: some checkpoints (2B-4T's first revision among them) leave it out of their end-of-sequence lists.
+/// special token: checkpoints may leave it out of their end-of-sequence lists, and would then talk to themselves.
 const END_OF_TURN: [&str; 7] =
     ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>", "<|eom_id|>"];
 
