@@ -85,10 +85,10 @@ impl Lines {
         let editor = config.and_then(|c| DefaultEditor::with_history(c, DefaultHistory::new()));
         let Ok(mut editor) = editor else { return Self::Plain };
         let history = history_path(|name| env::var_os(name));
-        if let Some(path) = history.as_deref().filter(|path| path.is_file()) {
-            if let Err(e) = editor.load_history(path) {
-                eprintln!("warning: the history {} cannot be read: {e}", path.display());
-            }
+        if let Some(path) = history.as_deref().filter(|path| path.is_file())
+            && let Err(e) = editor.load_history(path)
+        {
+            eprintln!("warning: the history {} cannot be read: {e}", path.display());
         }
         Self::Terminal { editor: Box::new(editor), history }
     }

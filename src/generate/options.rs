@@ -214,19 +214,14 @@ impl GenerateOptions {
         if self.max_tokens == Some(0) {
             return Err(Error::request("max_tokens", "is 0; accepted: 1 or more"));
         }
-        let ranges: [(_, _, fn(f32) -> bool, _); 6] = [
-            ("temperature", self.temperature, |v| v >= 0.0 && v.is_finite(), "0 (greedy) or any larger number"),
-            ("top_p", self.top_p, |v| v > 0.0 && v <= 1.0, "greater than 0, up to 1 (off)"),
-            ("min_p", self.min_p, |v| (0.0..=1.0).contains(&v), "0 (off) to 1"),
-            ("repetition_penalty", self.repetition_penalty, |v| v > 0.0 && v.is_finite(), "greater than 0 (1 is off)"),
-            ("presence_penalty", self.presence_penalty, |v| (-2.0..=2.0).contains(&v), "-2 to 2 (0 is off)"),
-            ("frequency_penalty", self.frequency_penalty, |v| (-2.0..=2.0).contains(&v), "-2 to 2 (0 is off)"),
-        ];
-        for (name, value, accepts, range) in ranges {
-            if let Some(value) = value.filter(|v| !accepts(*v)) {
-                return Err(Error::request(name, format!("is {value}; accepted: {range}")));
-            }
-        }
+        check("temperature", self.temperature, |v| v >= 0.0 && v.is_finite(), "0 (greedy) or any larger number")?;
+        check("top_p", self.top_p, |v| v > 0.0 && v <= 1.0, "greater than 0, up to 1 (off)")?;
+        check("min_p", self.min_p, |v| (0.0..=1.0).contains(&v), "0 (off) to 1")?;
+        let penalty = |v: f32| v > 0.0 && v.is_finite();
+        check("repetition_penalty", self.repetition_penalty, penalty, "greater than 0 (1 is off)")?;
+        let openai = |v| (-2.0..=2.0).contains(&v);
+        check("presence_penalty", self.presence_penalty, openai, "-2 to 2 (0 is off)")?;
+        check("frequency_penalty", self.frequency_penalty, openai, "-2 to 2 (0 is off)")?;
         for &(token, bias) in &self.logit_bias {
             if token as usize >= vocab {
                 return Err(Error::request(
@@ -306,6 +301,13 @@ impl GenerateOptions {
             timeout: self.timeout,
             cancel: self.cancel.clone(),
         })
+    }
+}
+
+fn check(name: &str, value: Option<f32>, accepts: impl Fn(f32) -> bool, range: &str) -> Result<()> {
+    match value {
+        Some(value) if !accepts(value) => Err(Error::request(name, format!("is {value}; accepted: {range}"))),
+        _ => Ok(()),
     }
 }
 

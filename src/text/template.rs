@@ -174,10 +174,8 @@ impl ChatTemplate {
     ) -> Result<ChatPrompt> {
         let mut text = self.render(tokenizer, messages, add_generation_prompt)?;
         let bos = tokenizer.special_token("bos_token").filter(|bos| tokenizer.adds_bos() && !bos.is_empty());
-        if let Some(bos) = bos {
-            if !text.starts_with(bos) {
-                text.insert_str(0, bos);
-            }
+        if let Some(bos) = bos.filter(|bos| !text.starts_with(bos)) {
+            text.insert_str(0, bos);
         }
         let ids = tokenizer.encode(&text, false)?;
         Ok(ChatPrompt { text, ids })
