@@ -1,5 +1,21 @@
 //! From logits to tokens to text: parameters, the sampler, stop conditions and the token stream.
 
+mod defaults;
+mod exp;
+mod history;
+mod nucleus;
+mod options;
+mod sampler;
+mod stats;
+mod stop;
+mod stream;
+
+pub use defaults::GenerationDefaults;
+pub use options::{GenerateOptions, GenerationParams, MAX_STOP_BYTES, MAX_STOP_STRINGS, SamplingParams};
+pub use sampler::{Sampled, Sampler};
+pub use stats::{Generation, GenerationStats};
+pub use stream::{FinishReason, PREFILL_CHUNK, Piece, TokenStream, common_prefix};
+
 use crate::Result;
 
 /// What generation needs of a model: one sequence that grows, and the logits after its last token.
