@@ -313,7 +313,8 @@ fn what_is_not_a_file_is_refused() {
 #[test]
 fn hostile_indexes_are_refused_by_name() {
     const INDEX: &str = "model.safetensors.index.json";
-    let shard = |name: &str| file(&format!(r#"{{"{name}": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}}}"#), &[0]);
+    let shard =
+        |name: &str| file(&format!(r#"{{"{name}": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}}}"#), &[0]);
     let (a, b) = (shard("a"), shard("b"));
     let deep = format!("{{\"metadata\": {}", "[".repeat(1 << 20));
     let many = (0..=limits::MAX_TENSORS).map(|i| format!("\"{i}\":\"s.safetensors\"")).collect::<Vec<_>>().join(",");
@@ -346,12 +347,8 @@ fn hostile_indexes_are_refused_by_name() {
         (" ".repeat(limits::MAX_INDEX_SIZE + 1), INDEX, "at most"),
     ];
     for (index, culprit, reason) in cases {
-        let dir = dir(&[
-            (INDEX, index.as_bytes()),
-            ("a.safetensors", &a),
-            ("a2.safetensors", &a),
-            ("b.safetensors", &b),
-        ]);
+        let dir =
+            dir(&[(INDEX, index.as_bytes()), ("a.safetensors", &a), ("a2.safetensors", &a), ("b.safetensors", &b)]);
         assert_refused(dir.path(), culprit, reason);
     }
     let good = map(r#""a": "a.safetensors", "b": "b.safetensors""#);
@@ -364,7 +361,8 @@ fn checkpoint(tensors: &[(&str, &str, &str, Vec<u8>)]) -> (TempDir, Checkpoint) 
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for (name, dtype, shape, bytes) in tensors {
         let (begin, end) = (data.len(), data.len() + bytes.len());
-        entries.push(format!(r#""{name}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{begin}, {end}]}}"#));
+        entries
+            .push(format!(r#""{name}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{begin}, {end}]}}"#));
         data.extend(bytes);
     }
     let dir = dir(&[("model.safetensors", &file(&format!("{{{}}}", entries.join(", ")), &data))]);
@@ -499,4 +497,119 @@ fn bad_linears_are_refused_by_place() {
     assert!(why.contains("[3, 3], the packing of [12, 3]"), "{why}");
     let (_, why) = tensor_error(c.linear("ok", 7, 3, ScaleStyle::Multiply).unwrap_err());
     assert!(why.contains("multiple of 4"), "{why}");
+}
+
+mod writing {
+    use super::*;
+    use candle_bitnet::checkpoint::write::{Entry, write_checkpoint, write_file, write_text};
+    use std::io;
+
+    fn entries<'a>() -> Vec<Entry<'a>> {
+        vec![
+            Entry::from_bytes("codes", StoredType::U8, [2, 3], vec![1; 6]),
+            Entry::from_bytes("scale", StoredType::BF16, [1], bf(&[0.5])),
+            Entry::new("norm", StoredType::F32, [2], |out| {
+                out.write_all(&1f32.to_le_bytes())?;
+                out.write_all(&2f32.to_le_bytes())
+            }),
+            Entry::from_bytes("empty", StoredType::I64, [0, 5], vec![]),
+        ]
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_is_written_reads_back_aligned_whatever_the_shards() {
+        for (shard_bytes, files) in [(u64::MAX, 1), (8, 2), (0, 4)] {
+            let dir = dir(&[]);
+            let mut written = 0;
+            let paths = write_checkpoint(dir.path(), entries(), shard_bytes, &mut |n| written += n).unwrap();
+            assert_eq!(paths.len(), if files == 1 { 1 } else { files + 1 });
+            let c = Checkpoint::open(dir.path()).unwrap();
+            assert_eq!(c.files().len(), files);
+            assert_eq!(c.names().collect::<Vec<_>>(), ["codes", "empty", "norm", "scale"]);
+            assert_eq!((c.vector("norm", 2).unwrap(), c.vector("scale", 1).unwrap()), (vec![1.0, 2.0], vec![0.5]));
+            assert_eq!(c.tensor("codes").unwrap().bytes(), [1; 6]);
+            let aligned = |t: &candle_bitnet::checkpoint::TensorInfo| t.range.start.is_multiple_of(t.dtype.size());
+            assert!(c.tensors().all(aligned));
+            assert_eq!(written, c.files().iter().map(|f| f.bytes().len() as u64).sum::<u64>());
+        }
+    }
+
+    #[test]
+    fn an_error_leaves_the_directory_as_it_was() {
+        let produce = |bytes: usize| Entry::new("t", StoredType::U8, [4], move |out| out.write_all(&vec![0; bytes]));
+        let bytes = |name: &str, shape: &[usize]| Entry::from_bytes(name, StoredType::U8, shape, vec![0; 4]);
+        let cases: Vec<(Vec<Entry>, &str)> = vec![
+            (vec![], "0 tensors"),
+            (vec![produce(3)], "3 bytes were produced where its shape needs 4"),
+            (vec![produce(5)], "5 bytes"),
+            (vec![Entry::new("t", StoredType::U8, [4], |_| Err(io::Error::other("broke")))], "writing it: broke"),
+            (vec![bytes("a", &[4]), bytes("a", &[4])], "tensor a: given twice"),
+            (vec![bytes("a b", &[4])], "not printable"),
+            (vec![bytes("a\"b", &[4])], "cannot be written"),
+            (vec![bytes("__metadata__", &[4])], "cannot be written"),
+            (vec![bytes("a", &[1, 1, 1, 1, 4])], "5 dimensions"),
+            (vec![bytes("a", &[usize::MAX, 2])], "overflows"),
+            (vec![bytes("fine", &[4]), produce(3)], "tensor t"),
+        ];
+        for (entries, reason) in cases {
+            let dir = dir(&[("model.safetensors", b"old")]);
+            let err = write_checkpoint(dir.path(), entries, 4, &mut |_| {}).unwrap_err().to_string();
+            assert!(err.contains(reason), "{err}");
+            assert_eq!(names(dir.path()), ["config.json", "model.safetensors"]);
+            assert_eq!(std::fs::read(dir.path().join("model.safetensors")).unwrap(), b"old");
+        }
+        // A target that cannot be replaced: the shard before it is taken back.
+        let dir = dir(&[]);
+        std::fs::create_dir(dir.path().join("model-00002-of-00004.safetensors")).unwrap();
+        assert!(write_checkpoint(dir.path(), entries(), 0, &mut |_| {}).is_err());
+        assert_eq!(names(dir.path()), ["config.json", "model-00002-of-00004.safetensors"]);
+    }
+
+    #[test]
+    fn files_are_replaced_whole() {
+        let dir = dir(&[]);
+        let path = dir.path().join("a.safetensors");
+        write_file(&path, entries(), &mut |_| {}).unwrap();
+        let before = Checkpoint::open(dir.path()).unwrap();
+        let other = vec![Entry::from_bytes("other", StoredType::U8, [1], vec![9])];
+        write_file(&path, other, &mut |_| {}).unwrap();
+        assert_eq!(before.vector("norm", 2).unwrap(), [1.0, 2.0], "an open checkpoint keeps what it mapped");
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().names().collect::<Vec<_>>(), ["other"]);
+        write_text(&dir.path().join("config.json"), "{\"a\": 1}").unwrap();
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().config().1, "{\"a\": 1}");
+        assert!(write_text(&dir.path().join("no/such.json"), "").is_err());
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            assert_ne!(path.metadata().unwrap().permissions().mode() & 0o044, 0, "readable by others, under the umask");
+        }
+    }
+}
+
+#[test]
+fn hostile_configs_stay_within_their_allowance() {
+    use candle_bitnet::model::config::ModelConfig;
+    let size = limits::MAX_CONFIG_SIZE as usize;
+    let fill = |start: &str, unit: &str| format!("{start}{}", unit.repeat((size - start.len()) / unit.len()));
+    for text in [
+        fill(r#"{"eos_token_id": ["#, "1,"),
+        fill(r#"{"eos_token_id": "#, "["),
+        fill(r#"{"quantization_config": ["#, "{},"),
+        fill(r#"{"quantization_config": {"#, r#""a":1,"#),
+        fill(r#"{"quantization_config": "#, r#"{"a":"#),
+        fill(r#"{"x": "#, r#"{"a":"#),
+        fill("{\"architectures\": \"", "a"),
+        fill("{", r#""a":1,"#),
+    ] {
+        let (result, peak) = peak_of(|| ModelConfig::parse(Path::new("config.json"), &text));
+        assert!(result.unwrap_err().to_string().len() < 1000);
+        assert!(peak <= text.len() + (1 << 20), "{peak} bytes for {}", &text[..40]);
+    }
 }

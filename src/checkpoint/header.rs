@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::Path;
 
 /// Key of the header that holds free text instead of a tensor.
-const METADATA: &str = "__metadata__";
+pub(super) const METADATA: &str = "__metadata__";
 
 /// Bytes of the length field.
 const LENGTH_FIELD: usize = 8;

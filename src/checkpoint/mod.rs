@@ -6,13 +6,14 @@
 
 mod dense;
 pub mod header;
-
+pub mod hub;
 mod index;
 pub(crate) mod json;
 pub mod limits;
 mod linear;
 mod open;
 mod tensor;
+pub mod write;
 
 pub use dense::DenseView;
 pub use linear::{LinearWeight, ScaleStyle};

@@ -1,0 +1,57 @@
+//! `bitnet inspect`: what a checkpoint holds, what it will occupy, and what looks wrong about it.
+
+mod report;
+
+use anyhow::Result;
+use candle_bitnet::checkpoint::Checkpoint;
+use candle_bitnet::checkpoint::hub::{HubOptions, resolve};
+use clap::Args as ClapArgs;
+use report::Report;
+use std::io::{IsTerminal, Write};
+
+/// Show what a checkpoint holds and what it will occupy
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Args {
+    /// Model: a hub id (`owner/name` or `owner/name@revision`) or a directory
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+
+    /// Write JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// List every tensor
+    #[arg(long)]
+    pub tensors: bool,
+
+    /// Use only what the hub's cache holds
+    #[arg(long)]
+    pub offline: bool,
+
+    /// Branch, tag or commit on the hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let env = HubOptions::from_env();
+    let options = HubOptions {
+        revision: args.revision,
+        offline: args.offline || env.offline,
+        progress: std::io::stderr().is_terminal(),
+        ..env
+    };
+    let checkpoint = Checkpoint::open(&resolve(&args.model, &options)?)?;
+    let report = Report::of(&checkpoint, args.tensors)?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&report)?,
+        false => report.to_string(),
+    };
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{}", text.trim_end()) {
+        // `bitnet inspect … | head` is no failure.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
