@@ -260,24 +260,34 @@ fn sum(values: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// The lowest index of the largest value, and the value.
-fn argmax(scores: &[f32]) -> Result<(u32, f32)> {
+/// The largest value that is not NaN, and whether there is a NaN.
+fn largest(values: &[f32]) -> (f32, bool) {
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut nan = [false; LANES];
-    for chunk in scores.chunks(LANES) {
-        for ((lane, nan), &score) in lanes.iter_mut().zip(&mut nan).zip(chunk) {
-            *lane = if score > *lane { score } else { *lane };
-            *nan |= score.is_nan();
+    let mut nan = [0u32; LANES];
+    let (chunks, tail) = values.as_chunks::<LANES>();
+    let mut padded = [f32::NEG_INFINITY; LANES];
+    for (out, &value) in padded.iter_mut().zip(tail) {
+        *out = value;
+    }
+    for chunk in chunks.iter().chain([&padded]) {
+        for ((lane, nan), &value) in lanes.iter_mut().zip(&mut nan).zip(chunk) {
+            *lane = if value > *lane { value } else { *lane };
+            *nan |= u32::from(value.is_nan());
         }
     }
+    (lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max), nan.contains(&1))
+}
+
+/// The lowest index of the largest value, and the value.
+fn argmax(scores: &[f32]) -> Result<(u32, f32)> {
+    let (max, nan) = largest(scores);
     let bad = |what: &str, token: Option<usize>| {
         let token = token.map(|t| format!("the logit of token {t} is {what}")).unwrap_or_else(|| what.into());
         Error::request("logits", format!("{token}; the model's weights or the logit bias are not sound"))
     };
-    if nan.contains(&true) {
+    if nan {
         return Err(bad("NaN", scores.iter().position(|s| s.is_nan())));
     }
-    let max = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let index = scores.iter().position(|&s| s == max);
     if max == f32::INFINITY {
         return Err(bad("infinite", index));
@@ -290,7 +300,7 @@ fn argmax(scores: &[f32]) -> Result<(u32, f32)> {
 
 /// Logarithm of the softmax of `logits` at `token`.
 fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (max, _) = largest(logits);
     let mut block = [0.0f32; BLOCK];
     let mut total = 0.0;
     for chunk in logits.chunks(BLOCK) {
