@@ -1,8 +1,28 @@
-//! A tensor backend for BitNet b1.58 language models on candle.
+//! A tensor backend for BitNet b1.58 language models (ternary weights, 8-bit activations) on candle.
+//!
+//! ```no_run
+//! use candle_bitnet::generate::GenerateOptions;
+//! use candle_bitnet::text::Message;
+//! use candle_bitnet::{BitNet, DeviceChoice, LoadOptions, select_device};
+//!
+//! let device = select_device(DeviceChoice::Auto)?;
+//! let mut model = BitNet::load("microsoft/bitnet-b1.58-2B-4T", LoadOptions::new(&device))?;
+//! println!("{}", model.report());
+//! let prompt = model.chat_prompt(&[Message::user("Why is the sky blue?")])?;
+//! let options = GenerateOptions::default().temperature(0.7).top_p(0.9).seed(42);
+//! for piece in model.generate(&prompt, &options)? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok::<(), candle_bitnet::Error>(())
+//! ```
+//!
+//! The layer alone, for anybody's candle model, is [`nn::BitLinear`]. The rooms, from files to text:
+//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`].
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod backend;
+mod bitnet;
 pub mod checkpoint;
 mod error;
 pub mod generate;
@@ -12,4 +32,6 @@ pub mod ops;
 pub mod ternary;
 pub mod text;
 
+pub use backend::{DeviceChoice, select_device};
+pub use bitnet::{BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
 pub use error::{Error, Result};

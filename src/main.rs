@@ -1,3 +1,33 @@
 //! `bitnet`: run BitNet b1.58 models from the command line.
+//!
+//! Exit status: 0 done, 1 failed, 2 used wrongly.
 
-fn main() {}
+mod cli;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    match cli.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // Causes on one line, each once: many errors already say what their cause says.
+            let mut message = String::new();
+            for cause in e.chain().map(|c| cause_text(&c.to_string())) {
+                if !message.ends_with(&cause) {
+                    message += if message.is_empty() { "" } else { ": " };
+                    message += &cause;
+                }
+            }
+            eprintln!("error: {message}");
+            let usage = matches!(e.downcast_ref(), Some(candle_bitnet::Error::Request { .. }));
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+/// An error's own text: candle appends a stack trace where RUST_BACKTRACE is set.
+fn cause_text(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}

@@ -1,7 +1,8 @@
 //! Checkpoints: what the fixtures hold, and hostile files, each refused by name, quickly, and without allocating
 //! more than the files' size plus 1 MiB.
 
-use candle_bitnet::checkpoint::{Checkpoint, DenseType, LinearWeight, ScaleStyle, StoredType, limits};
+use candle_bitnet::backend::DenseType;
+use candle_bitnet::checkpoint::{Checkpoint, LinearWeight, ScaleStyle, StoredType, limits};
 use candle_bitnet::ternary::{PackedTernary, Scale};
 use candle_bitnet::{Error, Result};
 use half::{bf16, f16};

@@ -1,12 +1,104 @@
 //! The flags that every command with a model shares.
-//! (Owned by the lead; `load` returns the façade `candle_bitnet::BitNet`.)
 
+use anyhow::Result;
+use candle_bitnet::backend::DenseType;
+use candle_bitnet::backend::cpu::KernelKind;
+use candle_bitnet::checkpoint::hub::HubOptions;
+use candle_bitnet::{BitNet, DeviceChoice, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
+use std::io::IsTerminal;
+
+/// How to run a model.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// Device: auto, cpu, cuda[:N] or metal[:N]
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+
+    /// Ternary kernel of the CPU instead of the fastest [generic, avx2, avx-vnni, avx512-vnni, neon, neon-dotprod]
+    #[arg(long, value_name = "KERNEL")]
+    pub kernel: Option<KernelKind>,
+
+    /// Threads of the CPU [default: physical cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Positions of a sequence [default: the model's, at most 4096]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+
+    /// Type of the KV cache: f32, bf16 or f16
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub kv_type: DenseType,
+}
+
+impl RunArgs {
+    /// Options for loading, without a hub.
+    pub fn options(&self) -> Result<LoadOptions> {
+        let device = select_device(self.device)?;
+        Ok(LoadOptions::new(&device)
+            .kernel(self.kernel)
+            .threads(self.threads)
+            .context(self.context)
+            .kv_dtype(self.kv_type))
+    }
+}
+
+/// Where hub ids are looked up.
+#[derive(Debug, Clone, Args)]
+pub struct HubArgs {
+    /// Branch, tag or commit on the hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+
+    /// Use only what the hub's cache holds (as HF_HUB_OFFLINE=1)
+    #[arg(long)]
+    pub offline: bool,
+}
+
+impl HubArgs {
+    /// Options for the hub, with the environment's where no flag is given.
+    pub fn options(&self) -> HubOptions {
+        let env = HubOptions::from_env();
+        HubOptions {
+            revision: self.revision.clone(),
+            offline: self.offline || env.offline,
+            progress: std::io::stderr().is_terminal(),
+            ..env
+        }
+    }
+}
 
 /// Which model, and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Model: a hub id (`owner/name` or `owner/name@revision`) or a directory
+    /// Model: a hub id (owner/name or owner/name@revision) or a directory
     #[arg(short, long, value_name = "MODEL")]
     pub model: String,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    #[command(flatten)]
+    pub hub: HubArgs,
+}
+
+impl ModelArgs {
+    fn options(&self) -> Result<LoadOptions> {
+        Ok(self.run.options()?.hub(self.hub.options()))
+    }
+
+    /// Loads the model with its text tools, and says on a terminal what was decided.
+    pub fn load(&self) -> Result<BitNet> {
+        let model = BitNet::load(&self.model, self.options()?)?;
+        if std::io::stderr().is_terminal() {
+            eprintln!("{}", model.report());
+        }
+        Ok(model)
+    }
+
+    /// Loads the decoder alone.
+    pub fn load_decoder(&self) -> Result<LoadedDecoder> {
+        Ok(LoadedDecoder::load(&self.model, &self.options()?)?)
+    }
 }

@@ -208,6 +208,7 @@ fn add_values<E: Stored>(p: &[f32], values: &[E], dim: usize, shrink: f32, out: 
 }
 
 /// Rotates queries and keys, appends keys and values to the cache, and attends; see `backend::attention`.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn attention(
     isa: Isa,
     pool: &Pool,

@@ -30,6 +30,7 @@ per_isa! {
 }
 
 /// `out[t][row] = Σ_k q[t][k] · w[row][k] / s_x[t] · scale(row)`, plus `residual[t][row]`.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn linear(
     kernel: &dyn TernaryKernel,
     isa: Isa,

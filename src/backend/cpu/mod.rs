@@ -280,7 +280,12 @@ impl Cpu {
     pub fn rope(&self, x: &[f32], positions: &[usize], table: &RopeTable, out: &mut [f32]) -> Result<()> {
         let dim = 2 * table.half_dim();
         let cols = x.len() / positions.len().max(1);
-        if dim == 0 || cols == 0 || x.len() != positions.len() * cols || cols % dim != 0 || out.len() != x.len() {
+        if dim == 0
+            || cols == 0
+            || x.len() != positions.len() * cols
+            || !cols.is_multiple_of(dim)
+            || out.len() != x.len()
+        {
             return Err(shape_error("rope", x.len(), cols, out.len()));
         }
         if let Some(p) = positions.iter().find(|p| **p >= table.positions()) {

@@ -116,7 +116,7 @@ impl Report {
         let config = ModelConfig::parse(path, text)?;
         let mut warnings = Vec::new();
         let named = |names: &[&str]| match names {
-            [few @ ..] if few.len() <= 5 => few.join(", "),
+            few if few.len() <= 5 => few.join(", "),
             [first, ..] => format!("{first} and {} more", names.len() - 1),
             [] => String::new(),
         };

@@ -1,0 +1,344 @@
+//! The façade: a checkpoint loaded onto a device, its text tools, and one sequence to generate with.
+
+use crate::backend::cpu::{CpuOptions, KernelKind};
+use crate::backend::{Backend, DenseType};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::hub::{self, HubOptions};
+use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, TokenStream};
+use crate::model::config::ModelConfig;
+use crate::model::presets::{Preset, SyntheticWeights};
+use crate::model::{CheckpointWeights, Decoder, Footprint, Logits, Sequence};
+use crate::nn::KvCache;
+use crate::text::{ChatTemplate, Message, Tokenizer};
+use crate::{Error, Result};
+use candle_core::Device;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Positions that are prepared for where nobody says otherwise; fewer if the model was trained for fewer.
+pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// How to load a model; everything has a default that is decided from the model and the device.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    device: Device,
+    cpu: CpuOptions,
+    context: Option<usize>,
+    kv_dtype: DenseType,
+    hub: HubOptions,
+    progress: Option<fn(usize, usize)>,
+}
+
+impl LoadOptions {
+    /// Loads onto `device`; the hub is used as its environment variables say.
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            cpu: CpuOptions::default(),
+            context: None,
+            kv_dtype: DenseType::F32,
+            hub: HubOptions::from_env(),
+            progress: None,
+        }
+    }
+
+    /// Threads on the CPU; by default the physical cores.
+    pub fn threads(mut self, threads: Option<usize>) -> Self {
+        self.cpu.threads = threads;
+        self
+    }
+
+    /// The CPU's ternary kernel; by default the fastest that it can run.
+    pub fn kernel(mut self, kernel: Option<KernelKind>) -> Self {
+        self.cpu.kernel = kernel;
+        self
+    }
+
+    /// Positions of a sequence; by default the model's, at most [`DEFAULT_CONTEXT`].
+    pub fn context(mut self, positions: Option<usize>) -> Self {
+        self.context = positions;
+        self
+    }
+
+    /// Type of the KV cache; f32 by default.
+    pub fn kv_dtype(mut self, dtype: DenseType) -> Self {
+        self.kv_dtype = dtype;
+        self
+    }
+
+    /// How hub ids are resolved.
+    pub fn hub(mut self, options: HubOptions) -> Self {
+        self.hub = options;
+        self
+    }
+
+    /// Called with (layers loaded, layers) while loading.
+    pub fn on_progress(mut self, progress: fn(usize, usize)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    fn context_for(&self, config: &ModelConfig) -> Result<usize> {
+        let most = config.max_positions;
+        match self.context {
+            None => Ok(most.min(DEFAULT_CONTEXT)),
+            Some(n) if (1..=most).contains(&n) => Ok(n),
+            Some(n) => {
+                Err(Error::request("--context", format!("{n} is not between 1 and {most}, the model's positions")))
+            }
+        }
+    }
+}
+
+/// A decoder on its device, without text: what `bench` and `logits` need, and what [`BitNet`] is built on.
+#[derive(Debug)]
+pub struct LoadedDecoder {
+    /// The decoder.
+    pub decoder: Decoder,
+    /// Type of its KV caches.
+    pub kv_dtype: DenseType,
+    /// The checkpoint's folder; none for a preset.
+    pub dir: Option<PathBuf>,
+    /// Time from opening the checkpoint to the last packed weight.
+    pub load_time: Duration,
+}
+
+impl LoadedDecoder {
+    /// Loads a directory or a hub id (`owner/name`, `owner/name@revision`).
+    ///
+    /// # Errors
+    /// For a model that cannot be found, is malformed, is not b1.58, or does not fit this machine; each names the
+    /// file and the tensor or key.
+    pub fn load(model: &str, options: &LoadOptions) -> Result<Self> {
+        let dir = hub::resolve(model, &options.hub)?;
+        let start = Instant::now();
+        let checkpoint = Checkpoint::open(&dir)?;
+        let (path, text) = checkpoint.config();
+        let config = ModelConfig::parse(path, text)?;
+        let backend = Backend::new(&options.device, options.cpu)?;
+        let weights = CheckpointWeights::new(&checkpoint, &config)?;
+        let (context, layers) = (options.context_for(&config)?, config.num_layers);
+        let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
+        let decoder = Decoder::load(&backend, config.clone(), &weights, context, progress)?;
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: Some(dir), load_time: start.elapsed() })
+    }
+
+    /// A preset's shapes with random weights; needs no file.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for an unknown preset; if the model does not fit this machine.
+    pub fn synthetic(preset: &str, options: &LoadOptions) -> Result<Self> {
+        let config = Preset::find(preset)?.config();
+        let start = Instant::now();
+        let backend = Backend::new(&options.device, options.cpu)?;
+        let weights = SyntheticWeights::new(&config, 0);
+        let (context, layers) = (options.context_for(&config)?, config.num_layers);
+        let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
+        let decoder = Decoder::load(&backend, config, &weights, context, progress)?;
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: None, load_time: start.elapsed() })
+    }
+
+    /// What was loaded, and how it runs.
+    pub fn report(&self) -> Report {
+        let backend = self.decoder.backend();
+        let config = self.decoder.config();
+        Report {
+            family: config.family.architecture(),
+            parameters: config.parameters(),
+            device: "cpu",
+            kernel: backend.cpu().kernel().name(),
+            threads: backend.cpu().pool().threads(),
+            context: self.decoder.context(),
+            kv_dtype: self.kv_dtype,
+            footprint: self.decoder.footprint(),
+            load_time: self.load_time,
+        }
+    }
+}
+
+/// What was loaded, and how it runs.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The architecture's name in config.json.
+    pub family: &'static str,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// The device.
+    pub device: &'static str,
+    /// The ternary kernel.
+    pub kernel: &'static str,
+    /// Threads.
+    pub threads: usize,
+    /// Positions of a sequence.
+    pub context: usize,
+    /// Type of the KV cache.
+    pub kv_dtype: DenseType,
+    /// Bytes of the weights.
+    pub footprint: Footprint,
+    /// Time that loading took.
+    pub load_time: Duration,
+}
+
+impl Report {
+    /// Bytes of weights that a decoded token reads: ternary, unconverted and head.
+    pub fn bytes_per_token(&self) -> usize {
+        self.footprint.ternary + self.footprint.dense + self.footprint.head
+    }
+
+    /// Bytes that a position keeps in the KV cache.
+    pub fn kv_bytes_per_position(&self) -> usize {
+        self.footprint.kv_elements_per_position * self.kv_dtype.size()
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mb = |bytes: usize| bytes as f64 / 1e6;
+        write!(
+            f,
+            "{}, {:.2} G parameters; {} with kernel {} on {} thread{}; reads {:.1} MB a token (ternary {:.1}, head {:.1}), \
+             KV cache {} {:.1} kB a position, context {}; loaded in {:.2} s",
+            self.family,
+            self.parameters as f64 / 1e9,
+            self.device,
+            self.kernel,
+            self.threads,
+            if self.threads == 1 { "" } else { "s" },
+            mb(self.bytes_per_token()),
+            mb(self.footprint.ternary),
+            mb(self.footprint.head),
+            self.kv_dtype,
+            self.kv_bytes_per_position() as f64 / 1e3,
+            self.context,
+            self.load_time.as_secs_f64(),
+        )
+    }
+}
+
+/// A b1.58 model with its tokenizer, ready to generate: one sequence with its KV cache.
+#[derive(Debug)]
+pub struct BitNet {
+    loaded: LoadedDecoder,
+    cache: KvCache,
+    position: usize,
+    logits: Vec<f32>,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    defaults: GenerationDefaults,
+}
+
+impl BitNet {
+    /// Loads a directory or a hub id (`owner/name`, `owner/name@revision`).
+    ///
+    /// # Errors
+    /// As [`LoadedDecoder::load`]; for a tokenizer or generation configuration that is missing or malformed.
+    pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self> {
+        let dir = hub::resolve(model.as_ref(), &options.hub)?;
+        // The small files first: a bad tokenizer is reported before gigabytes are packed.
+        let tokenizer = Tokenizer::from_dir(&dir)?;
+        let template = ChatTemplate::from_dir(&dir)?;
+        let defaults = GenerationDefaults::from_dir(&dir, &tokenizer, template.as_ref())?;
+        let loaded = LoadedDecoder::load(&dir.to_string_lossy(), &options)?;
+        let vocab = loaded.decoder.config().vocab_size;
+        if tokenizer.vocab_size() > vocab {
+            let reason = format!("has {} tokens, the model's vocabulary {vocab}", tokenizer.vocab_size());
+            return Err(Error::file(dir.join("tokenizer.json"), reason));
+        }
+        let cache = loaded.decoder.kv_cache(loaded.kv_dtype, 1)?;
+        Ok(Self { loaded, cache, position: 0, logits: Vec::with_capacity(vocab), tokenizer, template, defaults })
+    }
+
+    /// What was loaded, and how it runs.
+    pub fn report(&self) -> Report {
+        self.loaded.report()
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &Decoder {
+        &self.loaded.decoder
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::Text`] if the checkpoint has none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        let dir = self.loaded.dir.as_deref().unwrap_or(Path::new("the model"));
+        self.template.as_ref().ok_or_else(|| ChatTemplate::missing(dir.display()))
+    }
+
+    /// What the checkpoint says about generation.
+    pub fn defaults(&self) -> &GenerationDefaults {
+        &self.defaults
+    }
+
+    /// Tokens of a conversation, with the prompt for the assistant's answer.
+    ///
+    /// # Errors
+    /// [`Error::Text`] if there is no template or it refuses the messages.
+    pub fn chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        Ok(self.chat_template()?.apply(&self.tokenizer, messages, true)?.ids)
+    }
+
+    /// Tokens of a text, with what the tokenizer puts in front.
+    ///
+    /// # Errors
+    /// [`Error::Text`] if the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, true)
+    }
+
+    /// Continues `prompt`; whatever the model held before is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for options out of range, [`Error::ContextFull`] for a prompt longer than the context.
+    pub fn generate(&mut self, prompt: &[u32], options: &GenerateOptions) -> Result<TokenStream<'_, Self>> {
+        let params = options.resolve(&self.defaults, self.vocab_size())?;
+        let tokenizer = self.tokenizer.clone();
+        TokenStream::new(self, tokenizer, prompt, params)
+    }
+}
+
+impl LanguageModel for BitNet {
+    fn vocab_size(&self) -> usize {
+        self.loaded.decoder.config().vocab_size
+    }
+
+    fn context_length(&self) -> usize {
+        self.loaded.decoder.context()
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        let sequence = Sequence { slot: 0, position: self.position, tokens };
+        let logits = self.loaded.decoder.forward(&[sequence], &self.cache, Logits::Last)?;
+        self.position += tokens.len();
+        read_into(&logits, &mut self.logits)?;
+        Ok(&self.logits)
+    }
+
+    fn truncate(&mut self, position: usize) {
+        self.position = self.position.min(position);
+    }
+}
+
+/// Copies a tensor's values into a buffer that is kept between tokens.
+fn read_into(tensor: &candle_core::Tensor, out: &mut Vec<f32>) -> Result<()> {
+    let (storage, layout) = tensor.storage_and_layout();
+    if let (candle_core::Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
+        out.clear();
+        out.extend_from_slice(&cpu.as_slice::<f32>()?[start..end]);
+        return Ok(());
+    }
+    drop(storage);
+    *out = tensor.flatten_all()?.to_vec1()?;
+    Ok(())
+}

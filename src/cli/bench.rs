@@ -1,0 +1,241 @@
+//! `bitnet bench`: prefill and decode speed, beside the read bandwidth measured in the same run.
+
+mod prompts;
+mod spread;
+
+use super::model_args::{HubArgs, RunArgs};
+use anyhow::Result;
+use candle_bitnet::backend::cpu::Bandwidth;
+use candle_bitnet::backend::host;
+use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
+use candle_bitnet::model::{Decoder, Logits, Sequence};
+use candle_bitnet::nn::KvCache;
+use candle_bitnet::{BitNet, Error, LoadedDecoder};
+use serde::Serialize;
+use spread::Spread;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Bytes that the bandwidth is measured on, and passes over them in each repetition.
+const BANDWIDTH_BYTES: usize = 512 << 20;
+const BANDWIDTH_PASSES: usize = 4;
+/// Tokens that are given to the model at once.
+const CHUNK: usize = 512;
+/// Most repetitions.
+const MAX_REPS: usize = 1000;
+
+/// Measure prefill and decode speed
+///
+/// Decode is limited by memory: the report sets the bytes that a token reads against the read bandwidth measured in
+/// the same run with the same threads. --synthetic needs no file; --prompts runs real prompts through a model.
+#[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["model", "synthetic"])))]
+pub struct Args {
+    /// Model: a hub id (owner/name or owner/name@revision) or a directory
+    #[arg(short, long, value_name = "MODEL")]
+    model: Option<String>,
+
+    /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
+    #[arg(long, value_name = "PRESET", conflicts_with = "prompts")]
+    synthetic: Option<String>,
+
+    /// Tokens to prefill
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pp: usize,
+
+    /// Tokens to decode (with --prompts: at most)
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    tg: usize,
+
+    /// Repetitions; the median is reported, with the range
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    reps: usize,
+
+    /// A file of prompts, one a line, or one JSON object {"prompt": …} a line
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+
+    /// Write JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    run: RunArgs,
+
+    #[command(flatten)]
+    hub: HubArgs,
+}
+
+/// What is reported of the weights and this machine.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    device: &'static str,
+    kernel: &'static str,
+    threads: usize,
+    cpu: Option<String>,
+    prefill_tokens: usize,
+    decode_tokens: usize,
+    /// Tokens a second, median.
+    prefill_tps: f64,
+    prefill_tps_range: [f64; 2],
+    decode_tps: f64,
+    decode_tps_range: [f64; 2],
+    /// Stored bytes that a decoded token reads.
+    bytes_per_token: usize,
+    bytes_per_token_ternary: usize,
+    bytes_per_token_head: usize,
+    bytes_per_token_dense: usize,
+    /// Mean over the decoded positions.
+    bytes_per_token_kv: usize,
+    decode_gbps: f64,
+    /// Best pass over a large buffer with the same threads.
+    read_gbps: f64,
+    decode_share: f64,
+    resident_bytes: Option<u64>,
+    load_seconds: f64,
+    kv_type: &'static str,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    for (flag, value, most) in
+        [("--pp", args.pp, usize::MAX), ("--tg", args.tg, usize::MAX), ("--reps", args.reps, MAX_REPS)]
+    {
+        if value == 0 || value > most {
+            let reason = format!("{value} is not between 1 and {most}");
+            return Err(Error::request(flag, reason).into());
+        }
+    }
+    let mut options = args.run.options()?.hub(args.hub.options());
+    if let (Some(file), Some(model)) = (&args.prompts, &args.model) {
+        let list = prompts::read(file)?;
+        return prompts::run(&mut BitNet::load(model, options)?, &list, args.tg, args.json);
+    }
+    if args.run.context.is_none() {
+        // Just what the run needs, so that the memory reported is the model's.
+        options = options.context(Some(args.pp.saturating_add(args.tg)));
+    }
+    let (name, loaded) = match (&args.synthetic, &args.model) {
+        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)?),
+        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)?),
+        (None, None) => return Err(Error::request("bench", "give --model or --synthetic").into()),
+    };
+    let report = measure(name, &loaded, &args)?;
+    let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
+    writeln!(std::io::stdout(), "{}", text.trim_end())?;
+    Ok(())
+}
+
+fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report> {
+    let decoder = &loaded.decoder;
+    let cpu = decoder.backend().cpu();
+    let about = loaded.report();
+    let cache = decoder.kv_cache(loaded.kv_dtype, 1)?;
+    let vocab = decoder.config().vocab_size;
+    let greedy = GenerateOptions::default().greedy().resolve(&GenerationDefaults::default(), vocab)?;
+    let mut sampler = Sampler::new(&greedy.sampling, vocab);
+    let mut repetition = |pp: usize, tg: usize| one_repetition(decoder, &cache, &mut sampler, pp, tg);
+    repetition(args.pp.min(16), args.tg.min(4))?;
+    let (mut prefill, mut decode, mut read_gbps, mut resident) = (Vec::new(), Vec::new(), 0f64, None);
+    for _ in 0..args.reps {
+        let (p, d) = repetition(args.pp, args.tg)?;
+        prefill.push(args.pp as f64 / p);
+        decode.push(args.tg as f64 / d);
+        // Before the buffer of the bandwidth measurement, which is not the model's.
+        resident = host::resident_bytes();
+        let bandwidth = Bandwidth::new(cpu, BANDWIDTH_BYTES)?;
+        read_gbps = read_gbps.max(bandwidth.best_of(cpu, BANDWIDTH_PASSES) / 1e9);
+    }
+    let (prefill, decode) = (Spread::of(prefill), Spread::of(decode));
+    let kv = about.kv_bytes_per_position() * (args.pp + args.tg.div_ceil(2));
+    let bytes_per_token = about.bytes_per_token() + kv;
+    let decode_gbps = decode.median * bytes_per_token as f64 / 1e9;
+    Ok(Report {
+        model,
+        device: about.device,
+        kernel: about.kernel,
+        threads: about.threads,
+        cpu: host::cpu_name(),
+        prefill_tokens: args.pp,
+        decode_tokens: args.tg,
+        prefill_tps: prefill.median,
+        prefill_tps_range: [prefill.min, prefill.max],
+        decode_tps: decode.median,
+        decode_tps_range: [decode.min, decode.max],
+        bytes_per_token,
+        bytes_per_token_ternary: about.footprint.ternary,
+        bytes_per_token_head: about.footprint.head,
+        bytes_per_token_dense: about.footprint.dense,
+        bytes_per_token_kv: kv,
+        decode_gbps,
+        read_gbps,
+        decode_share: decode_gbps / read_gbps,
+        resident_bytes: resident,
+        load_seconds: about.load_time.as_secs_f64(),
+        kv_type: about.kv_dtype.name(),
+    })
+}
+
+/// Seconds of a prefill of `pp` tokens, and of `tg` greedy tokens after it.
+fn one_repetition(
+    decoder: &Decoder,
+    cache: &KvCache,
+    sampler: &mut Sampler,
+    pp: usize,
+    tg: usize,
+) -> Result<(f64, f64)> {
+    let vocab = decoder.config().vocab_size;
+    let prompt: Vec<u32> = (0..pp).map(|i| (i * 7919 % vocab) as u32).collect();
+    let start = Instant::now();
+    for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
+        decoder.forward(&[Sequence { slot: 0, position: i * CHUNK, tokens }], cache, Logits::Last)?;
+    }
+    let prefill = start.elapsed().as_secs_f64();
+    let (mut token, start) = (1, Instant::now());
+    for i in 0..tg {
+        let sequence = Sequence { slot: 0, position: pp + i, tokens: &[token] };
+        let logits = decoder.forward(&[sequence], cache, Logits::Last)?;
+        token = sampler.sample(&logits.flatten_all()?.to_vec1::<f32>()?)?.token;
+    }
+    Ok((prefill, start.elapsed().as_secs_f64()))
+}
+
+fn describe(r: &Report) -> String {
+    let mb = |bytes: usize| bytes as f64 / 1e6;
+    format!(
+        "{}: {} kernel {}, {} threads, KV {}{}\n\
+         load      {:.2} s\n\
+         prefill   {:.1} tokens/s ({:.1} to {:.1}), {} tokens\n\
+         decode    {:.2} tokens/s ({:.2} to {:.2}), {} tokens\n\
+         a token   {:.1} MB: ternary {:.1}, head {:.1}, other {:.1}, KV {:.1}\n\
+         bandwidth {:.1} GB/s of the {:.1} GB/s that {} threads read here: {:.0} %\n\
+         resident  {}\n",
+        r.model,
+        r.device,
+        r.kernel,
+        r.threads,
+        r.kv_type,
+        r.cpu.as_ref().map(|c| format!("; {c}")).unwrap_or_default(),
+        r.load_seconds,
+        r.prefill_tps,
+        r.prefill_tps_range[0],
+        r.prefill_tps_range[1],
+        r.prefill_tokens,
+        r.decode_tps,
+        r.decode_tps_range[0],
+        r.decode_tps_range[1],
+        r.decode_tokens,
+        mb(r.bytes_per_token),
+        mb(r.bytes_per_token_ternary),
+        mb(r.bytes_per_token_head),
+        mb(r.bytes_per_token_dense),
+        mb(r.bytes_per_token_kv),
+        r.decode_gbps,
+        r.read_gbps,
+        r.threads,
+        100.0 * r.decode_share,
+        r.resident_bytes.map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6)),
+    )
+}

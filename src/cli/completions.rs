@@ -1,0 +1,22 @@
+//! `bitnet completions`: a completion script for a shell.
+
+use super::Cli;
+use anyhow::Result;
+use clap::CommandFactory;
+use clap_complete::Shell;
+use std::io::Write;
+
+/// Print a completion script for a shell
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The shell
+    shell: Shell,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "bitnet", &mut script);
+    std::io::stdout().write_all(&script)?;
+    Ok(())
+}
