@@ -87,7 +87,7 @@ impl SyntheticWeights {
             for four in out.chunks_mut(4) {
                 let word = stream.next();
                 // Multiply-shift maps each half to [0, 3⁸) with a bias below 2⁻¹⁹.
-                let pair = |half: u64| pairs[((half & 0xffff_ffff) * PAIRS >> 32) as usize];
+                let pair = |half: u64| pairs[(((half & 0xffff_ffff) * PAIRS) >> 32) as usize];
                 let ([a, b], [c, d]) = (pair(word), pair(word >> 32));
                 four.iter_mut().zip([a, b, c, d]).for_each(|(out, byte)| *out = byte);
             }
