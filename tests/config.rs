@@ -136,6 +136,7 @@ fn hostile_and_unsupported_configs_name_their_key() {
         (("hidden_size", "18446744073709551615"), "hidden_size", "whole number"),
         (("hidden_size", r#""128""#), "hidden_size", "\"128\""),
         (("hidden_size", "130"), "head_dim", "130"),
+        (("hidden_size", "8192"), "head_dim", "2048 where"),
         (("head_dim", "31"), "head_dim", "odd"),
         (("head_dim", "1000000"), "head_dim", "1024"),
         (("intermediate_size", "9223372036854775807"), "intermediate_size", "131072"),
