@@ -136,6 +136,7 @@ fn hostile_and_unsupported_configs_name_their_key() {
         (("hidden_size", "18446744073709551615"), "hidden_size", "whole number"),
         (("hidden_size", r#""128""#), "hidden_size", "\"128\""),
         (("hidden_size", "130"), "head_dim", "130"),
+        (("hidden_size", "8192"), "head_dim", "2048 where"),
         (("head_dim", "31"), "head_dim", "odd"),
         (("head_dim", "1000000"), "head_dim", "1024"),
         (("intermediate_size", "9223372036854775807"), "intermediate_size", "131072"),
@@ -207,4 +208,34 @@ fn malformed_json_is_refused_as_a_file() {
         assert!(matches!(err, Error::File { .. }), "{err:?}");
         assert!(err.to_string().starts_with("dir/config.json: ") && err.to_string().len() < 500, "{err}");
     }
+}
+
+#[test]
+fn corrupted_configs_never_panic_and_what_is_accepted_is_consistent() {
+    let seeds = ["a1_packed", "a2_packed_gqa_untied_sharded", "a3_llama"].map(|name| {
+        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name).join("config.json"))
+            .unwrap()
+    });
+    let mut state = 1u64;
+    let mut next = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    let mut accepted = 0;
+    for round in 0..6000 {
+        let mut bytes = seeds[round % 3].clone();
+        for _ in 0..=next(3) {
+            // Digits, structure and anything: the first two are likelier to be accepted.
+            let with = [b'0' + next(10) as u8, b"{}[]\",:.-e"[next(10)], next(256) as u8][next(3)];
+            let at = next(bytes.len());
+            bytes[at] = with;
+        }
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        let Ok(config) = parse(&text) else { continue };
+        accepted += 1;
+        assert!(config.num_heads % config.num_kv_heads == 0 && config.head_dim % 2 == 0 && config.parameters() > 0);
+        assert!(Projection::ALL.iter().all(|p| config.projection_shape(*p) > (0, 0)));
+        assert_eq!(parse(&config.to_json()).unwrap(), config);
+    }
+    assert!(accepted > 100, "{accepted}");
 }

@@ -8,15 +8,20 @@ use std::fmt;
 use std::path::Path;
 
 /// The index's contents, borrowed from its text.
-pub(super) struct Index<'a> {
+#[derive(Debug)]
+pub struct Index<'a> {
     /// Shard file names, in order of appearance.
     pub shards: Vec<&'a str>,
     /// Tensor name and index into `shards`, sorted by name.
     pub entries: Vec<(&'a str, u32)>,
 }
 
-/// Reads and checks an index.
-pub(super) fn parse<'a>(file: &Path, text: &'a [u8]) -> Result<Index<'a>> {
+/// Reads and checks an index; `file` names it in errors.
+///
+/// # Errors
+/// [`Error::File`] or [`Error::Tensor`] for malformed JSON, a name given twice, more than
+/// [`super::limits`] allow, or a shard that is not a plain file name beside the index.
+pub fn parse<'a>(file: &Path, text: &'a [u8]) -> Result<Index<'a>> {
     if text.len() > MAX_INDEX_SIZE {
         return Err(Error::file(file, format!("{} bytes; an index has at most {MAX_INDEX_SIZE}", text.len())));
     }

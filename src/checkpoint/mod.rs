@@ -7,7 +7,7 @@
 mod dense;
 pub mod header;
 pub mod hub;
-mod index;
+pub mod index;
 pub(crate) mod json;
 pub mod limits;
 mod linear;

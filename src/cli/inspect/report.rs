@@ -116,9 +116,8 @@ impl Report {
         let config = ModelConfig::parse(path, text)?;
         let mut warnings = Vec::new();
         let named = |names: &[&str]| match names {
-            few if few.len() <= 5 => few.join(", "),
-            [first, ..] => format!("{first} and {} more", names.len() - 1),
-            [] => String::new(),
+            [first, _, _, _, _, ..] => format!("{first} and {} more", names.len() - 1),
+            few => few.join(", "),
         };
         let unexplained = config.unexplained(checkpoint.names());
         if !unexplained.is_empty() {

@@ -107,13 +107,16 @@ impl<'a> Reader<'a> {
         self.fail(key, format!("{} where {expected} is expected", found.describe()))
     }
 
-    /// A whole number from 1 to `max`.
+    /// A whole number from 1 to `max`; the default has to be one too.
     fn size(&self, key: &str, max: usize, default: Option<usize>) -> Result<usize> {
-        match (self.get(key), default) {
-            (Some(Node::Int(n)), _) if (1..=max as i64).contains(n) => Ok(*n as usize),
-            (Some(found), _) => self.unexpected(key, found, &format!("a whole number from 1 to {max}")),
-            (None, Some(default)) => Ok(default),
-            (None, None) => self.fail(key, "missing"),
+        let found = match (self.get(key), default) {
+            (Some(found), _) => found.clone(),
+            (None, Some(default)) => Node::Int(i64::try_from(default).unwrap_or(i64::MAX)),
+            (None, None) => return self.fail(key, "missing"),
+        };
+        match found {
+            Node::Int(n) if (1..=max as i64).contains(&n) => Ok(n as usize),
+            found => self.unexpected(key, &found, &format!("a whole number from 1 to {max}")),
         }
     }
 
