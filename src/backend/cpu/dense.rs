@@ -120,40 +120,48 @@ const TASK_ROWS: usize = 32;
 #[inline(always)]
 fn pass<E: Stored, const R: usize, const T: usize>(w: [&[E]; R], x: [&[f32]; T], cols: usize) -> [[f32; T]; R] {
     let mut acc = [[[0f32; LANES]; T]; R];
-    let whole = cols / LANES * LANES;
-    for k in (0..whole).step_by(LANES) {
+    // Whole lanes by reference to arrays of 16, cut to one common length: no bounds check stands in the way.
+    let whole = cols / LANES;
+    let chunks = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
+    let tokens = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
+    for k in 0..whole {
         for r in 0..R {
-            prefetch(w[r], k);
-            let wide: [f32; LANES] = std::array::from_fn(|i| w[r][k + i].widen());
+            let w = &chunks[r][k];
+            prefetch(w);
+            let mut wide = [0f32; LANES];
+            for i in 0..LANES {
+                wide[i] = w[i].widen();
+            }
             for t in 0..T {
+                let x = &tokens[t][k];
                 for i in 0..LANES {
-                    acc[r][t][i] += wide[i] * x[t][k + i];
+                    acc[r][t][i] += wide[i] * x[i];
                 }
             }
         }
     }
-    for k in whole..cols {
-        for r in 0..R {
-            for t in 0..T {
-                acc[r][t][k - whole] += w[r][k].widen() * x[t][k];
+    for r in 0..R {
+        for t in 0..T {
+            for (i, (w, x)) in w[r][whole * LANES..cols].iter().zip(&x[t][whole * LANES..cols]).enumerate() {
+                acc[r][t][i] += w.widen() * x;
             }
         }
     }
     acc.map(|a| a.map(sum_lanes))
 }
 
-/// Asks for the cache line 4 KiB ahead of element `k`; see the ternary kernels for why.
+/// Asks for the cache line 4 KiB ahead; see the ternary kernels for why.
 #[inline(always)]
-fn prefetch<E>(w: &[E], k: usize) {
+fn prefetch<E>(w: &[E; LANES]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = w.as_ptr().wrapping_add(k).cast::<i8>().wrapping_add(4096);
+        let line = w.as_ptr().cast::<i8>().wrapping_add(4096);
         // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (w, k);
+    let _ = w;
 }
 
 per_isa! {
