@@ -13,6 +13,7 @@
 //! decoded at a time (R = 2) for 3 and 4 tokens.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 use super::{for_tokens, prefetch};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
@@ -49,6 +50,24 @@ impl TernaryKernel for Neon {
         // `new` found NEON; `check_gemm` found the sizes that the reads rely on.
         for_tokens!(tokens, [1 2 3 4 5 6 7 8 9 10 11 12], gemm(tiles.as_ptr(), groups, panel.as_ptr(), sums))
     }
+}
+
+/// `vmlal_high_s8`, which the compiler would turn into an extraction and a `vmlal_s8`, as both halves of a broadcast
+/// are the same to it.
+#[inline]
+#[target_feature(enable = "neon")]
+fn multiply_add_high(mut acc: int16x8_t, codes: int8x16_t, four: int8x16_t) -> int16x8_t {
+    // SAFETY: `smlal2` is part of NEON, which this function enables; it changes `acc` alone.
+    unsafe {
+        asm!(
+            "smlal2 {acc:v}.8h, {codes:v}.16b, {four:v}.16b",
+            acc = inout(vreg) acc,
+            codes = in(vreg) codes,
+            four = in(vreg) four,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    acc
 }
 
 /// # Safety
@@ -112,10 +131,8 @@ unsafe fn pass<const N: usize, const T: usize, const R: usize>(
                         let four = vreinterpretq_s8_s32(vdupq_n_s32(words.add(p * T + n).read_unaligned()));
                         for r in 0..R {
                             let [low, high] = acc[n][r];
-                            acc[n][r] = [
-                                vmlal_s8(low, vget_low_s8(codes[r]), vget_low_s8(four)),
-                                vmlal_high_s8(high, codes[r], four),
-                            ];
+                            let low = vmlal_s8(low, vget_low_s8(codes[r]), vget_low_s8(four));
+                            acc[n][r] = [low, multiply_add_high(high, codes[r], four)];
                         }
                     }
                     w = w.map(|w| vshrq_n_u8::<2>(w));
