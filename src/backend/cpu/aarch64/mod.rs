@@ -5,3 +5,46 @@ mod neon_dotprod;
 
 pub use neon::Neon;
 pub use neon_dotprod::NeonDotprod;
+
+/// Asks for the cache line 4 KiB ahead of `line`, as on x86-64: decode is limited by outstanding memory requests.
+#[inline(always)]
+fn prefetch(line: *const u8) {
+    // SAFETY: `prfm` is part of aarch64 and never faults, wherever it points; it changes no register and no memory.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{line}, #4096]", line = in(reg) line, options(readonly, nostack, preserves_flags));
+    }
+}
+
+/// Runs `$pass::<N>` for the run-time token count `$tokens`, an integer from 1 to 12.
+macro_rules! for_tokens {
+    ($tokens:expr, [$($n:literal)*], $pass:ident $args:tt) => {
+        match $tokens {
+            // SAFETY: the caller's contract, stated where the macro is used.
+            $($n => unsafe { $pass::<$n> $args },)*
+            _ => unreachable!("checked by check_gemm"),
+        }
+    };
+}
+use for_tokens;
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::cpu::{Cpu, CpuOptions, KernelKind};
+
+    /// Prints its findings: `.ci/run arm` compares them with the CPU that qemu plays.
+    #[test]
+    fn kernels_are_found_and_chosen_at_run_time() {
+        let available = KernelKind::available();
+        let names: Vec<_> = available.iter().map(|k| k.name()).collect();
+        println!("kernels: {}", names.join(" "));
+        let dotprod = std::arch::is_aarch64_feature_detected!("dotprod");
+        assert_eq!(available.contains(&KernelKind::NeonDotprod), dotprod);
+        let chosen = Cpu::new(CpuOptions::default()).unwrap().kernel();
+        println!("chosen: {chosen}");
+        assert_eq!(Some(&chosen), available.first());
+        for kernel in KernelKind::ALL {
+            let forced = Cpu::new(CpuOptions { kernel: Some(kernel), threads: Some(1) });
+            assert_eq!(forced.is_ok(), available.contains(&kernel), "{kernel}");
+        }
+    }
+}
