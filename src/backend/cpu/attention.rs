@@ -1,25 +1,26 @@
 //! Rotary embedding, the KV cache and attention on the CPU.
 //!
-//! Keys lie in blocks of 16 positions, transposed, so that 16 scores are one vector and need no horizontal sum:
+//! Both lie in blocks of 16 positions. Keys are transposed, so that 16 scores are one vector and need no horizontal
+//! sum; values are cut into 16 dimensions (padded), so that a vector of the result reads one contiguous piece:
 //!
 //! ```text
-//! K: [slot][kv head][position / 16][dim][position % 16]      V: [slot][kv head][position][dim]
+//! K: [slot][kv head][position / 16][dim][position % 16]
+//! V: [slot][kv head][position / 16][dim / 16][position % 16][dim % 16]
 //! ```
 //!
 //! Attention walks over 64 positions at a time with an online softmax, always in the same blocks from position
 //! 0 on. A token's result therefore does not depend on how the prompt was cut or what else is in the batch.
 
-use super::isa::{Isa, per_isa};
-use super::lanes::{LANES, Stored, exp, max_lanes, sum_lanes};
+use super::isa::{Isa, Level, per_isa};
+use super::lanes::{LANES, Stored};
 use super::pool::{Pool, SendPtr};
+use super::with_scratch;
 use crate::backend::DenseType;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::host::AlignedBuffer;
 use crate::{Error, Result};
 use half::{bf16, f16};
 
-/// Partial sums of a score.
-const SUMS: usize = 8;
 /// Positions of a block of the online softmax.
 const BLOCK: usize = 64;
 
@@ -41,9 +42,12 @@ impl CpuKv {
     /// [`Error::Unavailable`] if the system refuses the memory.
     pub fn new(dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<Self> {
         let capacity = positions.next_multiple_of(LANES);
-        let size = [slots, capacity, shape.kv_heads, shape.head_dim, dtype.size()];
-        let size = size.iter().try_fold(1usize, |a, b| a.checked_mul(*b)).unwrap_or(usize::MAX);
-        let (keys, values) = (AlignedBuffer::zeroed(size)?, AlignedBuffer::zeroed(size)?);
+        let buffer = |dim: usize| {
+            let size = [slots, capacity, shape.kv_heads, dim, dtype.size()];
+            let size = size.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
+            AlignedBuffer::zeroed(size.unwrap_or(usize::MAX))
+        };
+        let (keys, values) = (buffer(shape.head_dim)?, buffer(shape.head_dim.next_multiple_of(LANES))?);
         Ok(Self { dtype, shape, slots, capacity, keys, values })
     }
 }
@@ -83,127 +87,185 @@ per_isa! {
         for (row, x) in rows.iter().zip(qkv.chunks_exact(shape.qkv_dim())) {
             let (cos, sin) = rope.at(row.position);
             rotate(&x[k_at..k_at + dim], cos, sin, &mut rotated);
-            let head_start = (row.slot * shape.kv_heads + head) * capacity * dim;
-            let k_start = head_start + row.position / LANES * LANES * dim + row.position % LANES;
-            let v_start = head_start + row.position * dim;
+            let before = (row.slot * shape.kv_heads + head) * capacity + row.position / LANES * LANES;
+            let lane = row.position % LANES;
+            let k_start = before * dim + lane;
+            let v_start = before * dim.next_multiple_of(LANES) + lane * LANES;
             for d in 0..dim {
                 // SAFETY: slot < slots and position < capacity (checked by the caller), so both lie inside the
                 // buffers; this call alone writes this head.
                 unsafe {
                     *keys.get().add(k_start + d * LANES) = E::narrow(rotated[d]);
-                    *values.get().add(v_start + d) = E::narrow(x[v_at + d]);
+                    let at = v_start + d / LANES * LANES * LANES + d % LANES;
+                    *values.get().add(at) = E::narrow(x[v_at + d]);
                 }
             }
         }
     }
 }
 
-per_isa! {
-    /// One token's query heads of one KV head over positions 0 … last; `out` is `[group][dim]`.
-    fn attend<E: Stored>(q: &[f32], keys: &[E], values: &[E], last: usize, dim: usize, scale: f32, out: &mut [f32]) {
-        let group = q.len() / dim;
-        let length = last + 1;
-        let mut wide = [0f32; AttentionShape::MAX_HEAD_DIM * LANES];
-        let mut scores = [[0f32; BLOCK]; AttentionShape::MAX_GROUP];
-        let mut max = [f32::NEG_INFINITY; AttentionShape::MAX_GROUP];
-        let mut total = [0f32; AttentionShape::MAX_GROUP];
-        out.fill(0.0);
-        for start in (0..length).step_by(BLOCK) {
-            let count = BLOCK.min(length - start);
-            for sub in 0..count.div_ceil(LANES) {
-                let block = &keys[(start + sub * LANES) * dim..][..dim * LANES];
-                for (w, k) in wide.iter_mut().zip(block) {
-                    *w = k.widen();
+/// Attention of one token for one KV head, once per vector width.
+macro_rules! attend_for {
+    ($module:ident, $simd:ident $(, $feature:literal)?) => {
+        mod $module {
+            use super::super::lanes::{LANES, Stored, max_lanes, sum_lanes};
+            use super::super::simd::$simd::*;
+            use super::{AttentionShape, BLOCK, Block};
+
+            /// Partial sums of a score: short chains round less, and as many additions are in flight.
+            const SUMS: usize = 8;
+
+            /// 16 scores: one query times one block of keys `[dim][16]`.
+            #[inline]
+            $(#[target_feature(enable = $feature)])?
+            fn scores<E: Stored>(q: &[f32], keys: &[[E; LANES]], scale: f32) -> V {
+                let mut acc = [splat(0.0); SUMS];
+                let (rows, last_rows) = keys.as_chunks::<SUMS>();
+                let (wholes, last) = q.as_chunks::<SUMS>();
+                for (k, q) in rows.iter().zip(wholes) {
+                    for a in 0..SUMS {
+                        acc[a] = add(acc[a], mul(splat(q[a]), load_stored(&k[a])));
+                    }
                 }
-                for g in 0..group {
-                    let q = &q[g * dim..][..dim];
-                    // Eight partial sums: short chains round less, and as many additions are in flight.
-                    let mut acc = [[0f32; LANES]; SUMS];
-                    let (wholes, rest) = wide[..dim * LANES].as_chunks::<{ SUMS * LANES }>();
-                    for (k, q) in wholes.iter().zip(q.as_chunks::<SUMS>().0) {
-                        for a in 0..SUMS {
-                            for i in 0..LANES {
-                                acc[a][i] += q[a] * k[a * LANES + i];
+                for ((k, q), acc) in last_rows.iter().zip(last).zip(&mut acc) {
+                    *acc = add(*acc, mul(splat(*q), load_stored(k)));
+                }
+                let low = add(add(acc[0], acc[1]), add(acc[2], acc[3]));
+                let high = add(add(acc[4], acc[5]), add(acc[6], acc[7]));
+                mul(add(low, high), splat(scale))
+            }
+
+            /// Σ_j p[j] · values[j] over the first `count` positions of 16 dimensions, in four partial sums over
+            /// j mod 4. `blocks` are `stride` apart.
+            #[inline]
+            $(#[target_feature(enable = $feature)])?
+            fn weighted<E: Stored>(p: &[f32; BLOCK], count: usize, blocks: &[Block<E>], stride: usize) -> V {
+                let mut acc = [splat(0.0); 4];
+                for (sub, p) in p.as_chunks::<LANES>().0.iter().enumerate() {
+                    // Positions that were never written, or by another sequence, are not even multiplied by zero.
+                    let rows = count.saturating_sub(sub * LANES).min(LANES);
+                    if rows == 0 {
+                        break;
+                    }
+                    let block = &blocks[sub * stride];
+                    let fours = p.as_chunks::<4>().0.iter().zip(block.as_chunks::<4>().0);
+                    for (p, v) in fours.take(rows / 4) {
+                        for a in 0..4 {
+                            acc[a] = add(acc[a], mul(splat(p[a]), load_stored(&v[a])));
+                        }
+                    }
+                    let done = rows / 4 * 4;
+                    for ((p, v), acc) in p[done..rows].iter().zip(&block[done..rows]).zip(&mut acc) {
+                        *acc = add(*acc, mul(splat(*p), load_stored(v)));
+                    }
+                }
+                add(add(acc[0], acc[1]), add(acc[2], acc[3]))
+            }
+
+            /// Exponentials of a block's scores, the block's new maximum, and what shrinks the earlier sums.
+            #[inline]
+            $(#[target_feature(enable = $feature)])?
+            fn softmax(s: &mut [f32; BLOCK], max_before: f32) -> (f32, f32, f32) {
+                let (chunks, mut lanes) = (s.as_chunks_mut::<LANES>().0, [0f32; LANES]);
+                let mut top = splat(f32::NEG_INFINITY);
+                for c in chunks.iter() {
+                    top = max(load(c), top);
+                }
+                store(top, &mut lanes);
+                let new_max = max_before.max(max_lanes(lanes));
+                let mut sum = splat(0.0);
+                for c in chunks.iter_mut() {
+                    let e = exp(sub(load(c), splat(new_max)));
+                    store(e, c);
+                    sum = add(sum, e);
+                }
+                store(sum, &mut lanes);
+                (new_max, super::super::lanes::exp(max_before - new_max), sum_lanes(lanes))
+            }
+
+            /// Query heads `q` `[group][dim]` over positions 0 … last; `out` is `[group][dim]`.
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn attend<E: Stored>(
+                q: &[f32],
+                keys: &[E],
+                values: &[E],
+                last: usize,
+                dim: usize,
+                scale: f32,
+                out: &mut [f32],
+            ) {
+                let group = q.len() / dim;
+                let length = last + 1;
+                let columns = dim.div_ceil(LANES);
+                let keys = keys.as_chunks::<LANES>().0;
+                let values = values.as_chunks::<LANES>().0.as_chunks::<LANES>().0;
+                let mut scored = [[0f32; BLOCK]; AttentionShape::MAX_GROUP];
+                let mut max_of = [f32::NEG_INFINITY; AttentionShape::MAX_GROUP];
+                let mut total = [0f32; AttentionShape::MAX_GROUP];
+                out.fill(0.0);
+                for start in (0..length).step_by(BLOCK) {
+                    let count = BLOCK.min(length - start);
+                    for sub in 0..count.div_ceil(LANES) {
+                        let block = &keys[(start / LANES + sub) * dim..][..dim];
+                        for (q, s) in q.chunks_exact(dim).zip(&mut scored) {
+                            store(scores(q, block, scale), &mut s.as_chunks_mut::<LANES>().0[sub]);
+                        }
+                    }
+                    let blocks = &values[start / LANES * columns..];
+                    for g in 0..group {
+                        let s = &mut scored[g];
+                        s[count..].fill(f32::NEG_INFINITY);
+                        let (new_max, shrink, sum) = softmax(s, max_of[g]);
+                        max_of[g] = new_max;
+                        total[g] = total[g] * shrink + sum;
+                        for (c, out) in out[g * dim..][..dim].chunks_mut(LANES).enumerate() {
+                            let mut sums = [0f32; LANES];
+                            store(weighted(s, count, &blocks[c..], columns), &mut sums);
+                            for (o, sum) in out.iter_mut().zip(sums) {
+                                *o = *o * shrink + sum;
                             }
                         }
                     }
-                    for (a, (k, q)) in rest.as_chunks::<LANES>().0.iter().zip(&q[wholes.len() * SUMS..]).enumerate() {
-                        for i in 0..LANES {
-                            acc[a][i] += q * k[i];
-                        }
-                    }
-                    for i in 0..LANES {
-                        let low = (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
-                        let high = (acc[4][i] + acc[5][i]) + (acc[6][i] + acc[7][i]);
-                        scores[g][sub * LANES + i] = (low + high) * scale;
+                }
+                for g in 0..group {
+                    for o in &mut out[g * dim..][..dim] {
+                        *o /= total[g];
                     }
                 }
-            }
-            for g in 0..group {
-                let s = &mut scores[g];
-                s[count..].fill(f32::NEG_INFINITY);
-                let mut top = [f32::NEG_INFINITY; LANES];
-                for c in s.as_chunks::<LANES>().0 {
-                    for i in 0..LANES {
-                        top[i] = if c[i] > top[i] { c[i] } else { top[i] };
-                    }
-                }
-                let new_max = max[g].max(max_lanes(top));
-                let shrink = exp(max[g] - new_max);
-                max[g] = new_max;
-                let mut sum = [0f32; LANES];
-                for c in s.as_chunks_mut::<LANES>().0 {
-                    for i in 0..LANES {
-                        c[i] = exp(c[i] - new_max);
-                        sum[i] += c[i];
-                    }
-                }
-                total[g] = total[g] * shrink + sum_lanes(sum);
-                add_values(&s[..count], &values[start * dim..], dim, shrink, &mut out[g * dim..][..dim]);
             }
         }
-        for g in 0..group {
-            for o in &mut out[g * dim..][..dim] {
-                *o /= total[g];
-            }
-        }
-    }
+    };
 }
 
-/// `out = out · shrink + Σ_j p[j] · values[j]`: four partial sums over j mod 4, which halves the rounding error of
-/// one long sum and keeps four additions in flight.
-#[inline(always)]
-fn add_values<E: Stored>(p: &[f32], values: &[E], dim: usize, shrink: f32, out: &mut [f32]) {
-    #[inline(always)]
-    fn columns<E: Stored, const N: usize>(p: &[f32], values: &[E], dim: usize, shrink: f32, out: &mut [f32; N]) {
-        let mut acc = [[0f32; N]; 4];
-        let (fours, rest) = p.as_chunks::<4>();
-        for (j, p) in fours.iter().enumerate() {
-            for a in 0..4 {
-                let v = &values[(4 * j + a) * dim..][..N];
-                for i in 0..N {
-                    acc[a][i] += p[a] * v[i].widen();
-                }
-            }
-        }
-        for (a, p) in rest.iter().enumerate() {
-            let v = &values[(4 * fours.len() + a) * dim..][..N];
-            for i in 0..N {
-                acc[a][i] += p * v[i].widen();
-            }
-        }
-        for i in 0..N {
-            out[i] = out[i] * shrink + ((acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]));
-        }
-    }
-    let (wide, rest) = out.as_chunks_mut::<LANES>();
-    let done = wide.len() * LANES;
-    for (c, out) in wide.iter_mut().enumerate() {
-        columns(p, &values[c * LANES..], dim, shrink, out);
-    }
-    let (pairs, _) = rest.as_chunks_mut::<2>();
-    for (c, out) in pairs.iter_mut().enumerate() {
-        columns(p, &values[done + 2 * c..], dim, shrink, out);
+attend_for!(attend_portable, portable);
+#[cfg(target_arch = "x86_64")]
+attend_for!(attend_avx2, avx2, "avx2");
+#[cfg(target_arch = "x86_64")]
+attend_for!(attend_avx512, avx512, "avx512f");
+
+/// A block of values: 16 positions of 16 dimensions.
+type Block<E> = [[E; LANES]; LANES];
+
+/// One token's query heads `q` `[group][dim]` of one KV head over positions 0 … last; `out` is `[group][dim]`.
+#[allow(clippy::too_many_arguments)]
+fn attend<E: Stored>(
+    isa: Isa,
+    q: &[f32],
+    keys: &[E],
+    values: &[E],
+    last: usize,
+    dim: usize,
+    scale: f32,
+    out: &mut [f32],
+) {
+    match isa.level() {
+        Level::Portable => attend_portable::attend(q, keys, values, last, dim, scale, out),
+        // SAFETY: an `Isa` of this level is only made after the CPU was found to have the features.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { attend_avx2::attend(q, keys, values, last, dim, scale, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { attend_avx512::attend(q, keys, values, last, dim, scale, out) },
     }
 }
 
@@ -256,6 +318,7 @@ fn typed<E: Stored>(
 ) {
     let (shape, capacity) = (kv.shape, kv.capacity);
     let (dim, group, tokens) = (shape.head_dim, shape.group(), rows.len());
+    let padded = dim.next_multiple_of(LANES);
     let keys = bytemuck::cast_slice_mut::<u8, E>(&mut kv.keys);
     let values = bytemuck::cast_slice_mut::<u8, E>(&mut kv.values);
     let (k_ptr, v_ptr) = (SendPtr(keys.as_mut_ptr()), SendPtr(values.as_mut_ptr()));
@@ -277,16 +340,17 @@ fn typed<E: Stored>(
         let (cos, sin) = rope.at(row.position);
         let width = group * dim;
         let x = &qkv[t * shape.qkv_dim() + head * width..][..width];
-        let mut q = [0f32; AttentionShape::MAX_HEAD_DIM * AttentionShape::MAX_GROUP];
-        let q = &mut q[..width];
-        for (x, q) in x.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
-            rotate(x, cos, sin, q);
-        }
-        let start = (row.slot * shape.kv_heads + head) * capacity * dim;
+        let start = (row.slot * shape.kv_heads + head) * capacity;
         // SAFETY: task < tokens · kv_heads, so the range lies inside `out` (checked by the caller) and belongs
         // to this task alone.
         let out = unsafe { std::slice::from_raw_parts_mut(base.get().add((t * shape.kv_heads + head) * width), width) };
-        let (keys, values) = (&keys[start..][..capacity * dim], &values[start..][..capacity * dim]);
-        attend::<E>(isa, q, keys, values, row.position, dim, shape.scale(), out);
+        let keys = &keys[start * dim..][..capacity * dim];
+        let values = &values[start * padded..][..capacity * padded];
+        with_scratch(width, |q| {
+            for (x, q) in x.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
+                rotate(x, cos, sin, q);
+            }
+            attend::<E>(isa, q, keys, values, row.position, dim, shape.scale(), out);
+        });
     });
 }

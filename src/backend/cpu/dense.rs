@@ -110,99 +110,82 @@ fn checked_size(dtype: DenseType, rows: usize, cols: usize) -> Result<usize> {
     })
 }
 
-/// Weight rows in flight in one pass; with [`PASS_TOKENS`] tokens, the accumulators of two passes' width.
-const PASS_ROWS: usize = 4;
+/// Lanes of one product: four vectors of 16, whose sums are added at the end.
+const SUMS: usize = 4 * LANES;
+/// Tokens that share one reading of a row.
 const PASS_TOKENS: usize = 4;
 /// Rows of a task: 128 KB of a bf16 head of width 2560.
 const TASK_ROWS: usize = 32;
 
-/// `out[r][t]` for R rows and T tokens.
+/// One row times T tokens.
 #[inline(always)]
-fn pass<E: Stored, const R: usize, const T: usize>(w: [&[E]; R], x: [&[f32]; T], cols: usize) -> [[f32; T]; R] {
-    let mut acc = [[[0f32; LANES]; T]; R];
-    // Whole lanes by reference to arrays of 16, cut to one common length: no bounds check stands in the way.
-    let whole = cols / LANES;
-    let chunks = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
-    let tokens = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
-    for k in 0..whole {
-        for r in 0..R {
-            let w = &chunks[r][k];
-            prefetch(w);
-            let mut wide = [0f32; LANES];
-            for i in 0..LANES {
-                wide[i] = w[i].widen();
-            }
-            for t in 0..T {
-                let x = &tokens[t][k];
-                for i in 0..LANES {
-                    acc[r][t][i] += wide[i] * x[i];
-                }
-            }
+fn pass<E: Stored, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
+    let mut acc = [[0f32; SUMS]; T];
+    // Arrays by reference, all of one count: no bounds check stands in the way of vectors.
+    let (chunks, tail) = w.as_chunks::<SUMS>();
+    let tokens = x.map(|x| &x.as_chunks::<SUMS>().0[..chunks.len()]);
+    for (k, w) in chunks.iter().enumerate() {
+        prefetch(w);
+        let mut wide = [0f32; SUMS];
+        for i in 0..SUMS {
+            wide[i] = w[i].widen();
         }
-    }
-    for r in 0..R {
         for t in 0..T {
-            for (i, (w, x)) in w[r][whole * LANES..cols].iter().zip(&x[t][whole * LANES..cols]).enumerate() {
-                acc[r][t][i] += w.widen() * x;
+            let x = &tokens[t][k];
+            for i in 0..SUMS {
+                acc[t][i] += wide[i] * x[i];
             }
         }
     }
-    acc.map(|a| a.map(sum_lanes))
+    for t in 0..T {
+        for (i, (w, x)) in tail.iter().zip(&x[t][chunks.len() * SUMS..]).enumerate() {
+            acc[t][i] += w.widen() * x;
+        }
+    }
+    acc.map(|a| {
+        let mut sums = [0f32; LANES];
+        for i in 0..LANES {
+            sums[i] = (a[i] + a[LANES + i]) + (a[2 * LANES + i] + a[3 * LANES + i]);
+        }
+        sum_lanes(sums)
+    })
 }
 
-/// Asks for the cache line 4 KiB ahead; see the ternary kernels for why.
+/// Asks for the cache lines 4 KiB ahead; see the ternary kernels for why.
 #[inline(always)]
-fn prefetch<E>(w: &[E; LANES]) {
+fn prefetch<E>(w: &[E; SUMS]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = w.as_ptr().cast::<i8>().wrapping_add(4096);
-        // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line) };
+        for line in (0..size_of_val(w)).step_by(64) {
+            let ahead = w.as_ptr().cast::<i8>().wrapping_add(4096 + line);
+            // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead) };
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = w;
 }
 
 per_isa! {
-    /// Rows `first …` of `w` times all tokens: `out[t · stride + i]` for the i-th row; `count` rows.
-    fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], count: usize, stride: usize, out: SendPtr<f32>) {
+    /// Rows of `w` times all tokens of `x`: `out[t · stride + r]`.
+    fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], stride: usize, out: SendPtr<f32>) {
         let tokens = x.len() / cols;
-        let row = |r: usize| &w[r * cols..][..cols];
         let token = |t: usize| &x[t * cols..][..cols];
         let put = |t: usize, r: usize, v: f32| {
-            // SAFETY: the caller gives this call the elements t · stride + r for all tokens t and r < count.
+            // SAFETY: the caller gives this call the elements t · stride + r for all tokens t and rows r of `w`.
             unsafe { *out.get().add(t * stride + r) = v }
         };
-        let mut r = 0;
-        while r < count {
-            if r + 2 * PASS_ROWS <= count && tokens == 1 {
-                let y = pass::<E, { 2 * PASS_ROWS }, 1>(std::array::from_fn(|i| row(r + i)), [token(0)], cols);
-                y.iter().enumerate().for_each(|(i, y)| put(0, r + i, y[0]));
-                r += 2 * PASS_ROWS;
-                continue;
-            }
-            let rows = if r + PASS_ROWS <= count { PASS_ROWS } else { 1 };
+        for (r, row) in w.chunks_exact(cols).enumerate() {
             let mut t = 0;
-            while t < tokens {
-                let four = t + PASS_TOKENS <= tokens;
-                match (rows, four) {
-                    (PASS_ROWS, true) => {
-                        let (w, x) = (std::array::from_fn(|i| row(r + i)), std::array::from_fn(|i| token(t + i)));
-                        let y = pass::<E, PASS_ROWS, PASS_TOKENS>(w, x, cols);
-                        for i in 0..PASS_ROWS {
-                            (0..PASS_TOKENS).for_each(|j| put(t + j, r + i, y[i][j]));
-                        }
-                    }
-                    (PASS_ROWS, false) => {
-                        let y = pass::<E, PASS_ROWS, 1>(std::array::from_fn(|i| row(r + i)), [token(t)], cols);
-                        y.iter().enumerate().for_each(|(i, y)| put(t, r + i, y[0]));
-                    }
-                    _ => put(t, r, pass::<E, 1, 1>([row(r)], [token(t)], cols)[0][0]),
-                }
-                t += if four && rows == PASS_ROWS { PASS_TOKENS } else { 1 };
+            while t + PASS_TOKENS <= tokens {
+                let y = pass::<E, PASS_TOKENS>(row, std::array::from_fn(|i| token(t + i)));
+                (0..PASS_TOKENS).for_each(|i| put(t + i, r, y[i]));
+                t += PASS_TOKENS;
             }
-            r += rows;
+            for t in t..tokens {
+                put(t, r, pass::<E, 1>(row, [token(t)])[0]);
+            }
         }
     }
 }
@@ -231,7 +214,7 @@ pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: 
             // SAFETY: first < rows; this task alone writes the columns first … first + count of every token,
             // all inside `out` by the shape check.
             let out = SendPtr(unsafe { base.get().add(first) });
-            rows_times_tokens::<E>(isa, &weights[first * m.cols..][..count * m.cols], m.cols, x, count, m.rows, out);
+            rows_times_tokens::<E>(isa, &weights[first * m.cols..][..count * m.cols], m.cols, x, m.rows, out);
         });
     }
     match w.dtype {

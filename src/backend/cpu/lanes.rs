@@ -1,5 +1,6 @@
 //! Fixed 16-lane arithmetic, which compilers turn into vectors of any width with the same result.
 
+use crate::backend::DenseType;
 use half::{bf16, f16};
 
 /// Lanes of every reduction, on every instruction set.
@@ -61,9 +62,13 @@ pub trait Stored: bytemuck::Pod + Send + Sync {
     fn widen(self) -> f32;
     /// Rounds to the nearest value, halves to even.
     fn narrow(x: f32) -> Self;
+    /// The type as a value.
+    const KIND: DenseType;
 }
 
 impl Stored for f32 {
+    const KIND: DenseType = DenseType::F32;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         self
@@ -75,6 +80,8 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
+    const KIND: DenseType = DenseType::BF16;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -86,6 +93,8 @@ impl Stored for bf16 {
 }
 
 impl Stored for f16 {
+    const KIND: DenseType = DenseType::F16;
+
     // Without a branch, so that it vectorises: shift into place and rebias by a multiplication, which is exact
     // for normal and subnormal values; infinities and NaN, which no checkpoint or cache holds, become ≥ 65536.
     #[inline(always)]

@@ -12,6 +12,7 @@ mod lanes;
 mod linear;
 mod norm;
 mod pool;
+mod simd;
 #[cfg(test)]
 mod suite;
 mod tiles;
