@@ -13,7 +13,7 @@ pub(super) use avx_vnni::EvexVnni;
 
 /// Bytes ahead of the read position that are prefetched. Decode is limited by outstanding memory requests:
 /// without it one core reads half as much (README, "Measured").
-const PREFETCH: usize = 2048;
+const PREFETCH: usize = 4096;
 
 /// Runs `$pass::<N>` for the run-time token count `$tokens`, an integer from 1 to 12.
 macro_rules! for_tokens {
