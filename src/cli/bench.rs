@@ -4,6 +4,7 @@ mod prompts;
 mod spread;
 
 use super::model_args::{HubArgs, RunArgs};
+use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::cpu::Bandwidth;
 use candle_bitnet::backend::host;
@@ -13,7 +14,6 @@ use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
 use serde::Serialize;
 use spread::Spread;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -124,8 +124,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let report = measure(name, &loaded, &args)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
-    Ok(())
+    print(&text)
 }
 
 fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report> {

@@ -1,13 +1,13 @@
 //! `bitnet doctor`: what this machine has, and what would be chosen on it.
 
 use super::model_args::RunArgs;
+use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::Backend;
 use candle_bitnet::backend::cpu::{Bandwidth, CpuOptions, KernelKind};
 use candle_bitnet::backend::host;
 use candle_bitnet::select_device;
 use serde::Serialize;
-use std::io::Write;
 
 /// Bytes that the bandwidth is measured on, and passes over them.
 const BANDWIDTH_BYTES: usize = 512 << 20;
@@ -66,8 +66,7 @@ pub fn run(args: Args) -> Result<()> {
     let backend = Backend::new(&device, options)?;
     let report = report(&backend)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
-    Ok(())
+    print(&text)
 }
 
 fn report(backend: &Backend) -> Result<Report> {

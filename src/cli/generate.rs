@@ -2,6 +2,7 @@
 
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
+use super::still_open;
 use anyhow::{Context, Result};
 use candle_bitnet::backend::host::resident_bytes;
 use candle_bitnet::generate::{FinishReason, Generation, GenerationStats, LanguageModel, TokenStream};
@@ -164,15 +165,6 @@ fn write_answer<M: LanguageModel>(
         seed: stream.seed(),
         stats: stream.stats(),
     }))
-}
-
-/// Whether a write found a reader: a closed pipe is a quiet end, any other failure an error.
-pub(super) fn still_open(result: io::Result<()>) -> Result<bool> {
-    match result {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => Err(e).context("standard output"),
-    }
 }
 
 /// What `--json` prints.

@@ -2,12 +2,13 @@
 
 mod report;
 
+use super::print;
 use anyhow::Result;
 use candle_bitnet::checkpoint::Checkpoint;
 use candle_bitnet::checkpoint::hub::{HubOptions, resolve};
 use clap::Args as ClapArgs;
 use report::Report;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 /// Show what a checkpoint holds and what it will occupy
 #[derive(Debug, Clone, ClapArgs)]
@@ -48,10 +49,5 @@ pub fn run(args: Args) -> Result<()> {
         true => serde_json::to_string_pretty(&report)?,
         false => report.to_string(),
     };
-    let mut out = std::io::stdout().lock();
-    match writeln!(out, "{}", text.trim_end()) {
-        // `bitnet inspect … | head` is no failure.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+    print(&text)
 }
