@@ -91,8 +91,8 @@ impl HubOptions {
 /// Fetches the configuration, tokenizer files and safetensors, and nothing else.
 ///
 /// # Errors
-/// [`Error::File`] if `model` is neither, [`Error::Request`] if it is empty or its revision malformed, [`Error::Hub`] if the hub or the cache cannot deliver, saying what to
-/// do about it, [`Error::File`] for a malformed index of shards.
+/// [`Error::File`] if `model` is neither, or for a malformed index of shards; [`Error::Request`] if `model` is empty or
+/// its revision malformed; [`Error::Hub`] if the hub or the cache cannot deliver, saying what to do about it.
 pub fn resolve(model: &str, options: &HubOptions) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.is_dir() {

@@ -9,6 +9,7 @@ use anyhow::Result;
 use candle_bitnet::backend::cpu::Bandwidth;
 use candle_bitnet::backend::host;
 use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
+use candle_bitnet::model::config::MAX_POSITIONS;
 use candle_bitnet::model::{Decoder, Logits, Sequence};
 use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
@@ -101,7 +102,7 @@ struct Report {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     for (flag, value, most) in
-        [("--pp", args.pp, usize::MAX), ("--tg", args.tg, usize::MAX), ("--reps", args.reps, MAX_REPS)]
+        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", args.reps, MAX_REPS)]
     {
         if value == 0 || value > most {
             let reason = format!("{value} is not between 1 and {most}");
@@ -118,10 +119,17 @@ pub fn run(args: Args) -> Result<()> {
         options = options.context(Some(args.pp.saturating_add(args.tg)));
     }
     let (name, loaded) = match (&args.synthetic, &args.model) {
-        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)?),
-        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)?),
+        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)),
+        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)),
         (None, None) => return Err(Error::request("bench", "give --model or --synthetic").into()),
     };
+    let loaded = loaded.map_err(|e| match e {
+        // The context is what these flags need together, unless it was given.
+        Error::Request { what, reason } if what == "--context" && args.run.context.is_none() => {
+            Error::request(format!("--pp {} and --tg {}", args.pp, args.tg), format!("together, {reason}"))
+        }
+        e => e,
+    })?;
     let report = measure(name, &loaded, &args)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
     print(&text)

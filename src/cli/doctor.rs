@@ -31,6 +31,8 @@ struct Kernel {
     needs: &'static str,
     usable: bool,
     chosen: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
 }
 
 /// A kind of device.
@@ -64,12 +66,13 @@ pub fn run(args: Args) -> Result<()> {
     let device = select_device(args.run.device)?;
     let options = CpuOptions { kernel: args.run.kernel, threads: args.run.threads };
     let backend = Backend::new(&device, options)?;
-    let report = report(&backend)?;
+    let why = if args.run.kernel.is_some() { "asked for with --kernel" } else { "the fastest usable" };
+    let report = report(&backend, why)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
     print(&text)
 }
 
-fn report(backend: &Backend) -> Result<Report> {
+fn report(backend: &Backend, why: &'static str) -> Result<Report> {
     let cpu = backend.cpu();
     let usable = KernelKind::available();
     let kernels = KernelKind::ALL.map(|k| Kernel {
@@ -77,6 +80,7 @@ fn report(backend: &Backend) -> Result<Report> {
         needs: k.needs(),
         usable: usable.contains(&k),
         chosen: k == cpu.kernel(),
+        reason: (k == cpu.kernel()).then_some(why),
     });
     // A measurement needs memory to spare; without it the rest is still worth knowing.
     let read_gbps = Bandwidth::new(cpu, BANDWIDTH_BYTES).ok().map(|b| b.best_of(cpu, BANDWIDTH_PASSES) / 1e9);
@@ -125,10 +129,10 @@ fn describe(r: &Report) -> String {
         r.self_check,
     );
     for k in &r.kernels {
-        let state = match (k.chosen, k.usable) {
-            (true, _) => "chosen: the fastest usable, or asked for",
-            (false, true) => "usable",
-            (false, false) => "not on this CPU",
+        let state = match (k.reason, k.usable) {
+            (Some(why), _) => format!("chosen: {why}"),
+            (None, true) => "usable".into(),
+            (None, false) => "not on this CPU".into(),
         };
         text += &format!("  {:13} {state} (needs {})\n", k.name, k.needs);
     }

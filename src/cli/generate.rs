@@ -191,9 +191,11 @@ pub(super) fn summary(stats: &GenerationStats, finish: FinishReason, resident: O
     let speed = stats.tokens_per_second().map(|s| format!(" ({s:.1} tokens/s)")).unwrap_or_default();
     let first = stats.time_to_first_token.map(|s| format!(", first after {s:.2} s")).unwrap_or_default();
     let memory = resident.map(|b| format!(", {:.0} MiB resident", b as f64 / 1_048_576.0)).unwrap_or_default();
+    let tokens = |n: usize| format!("{n} token{}", if n == 1 { "" } else { "s" });
     format!(
-        "prompt: {} tokens, answer: {} tokens{speed}{first}{memory}, ended by {finish}",
-        stats.prompt_tokens, stats.generated_tokens
+        "prompt: {}, answer: {}{speed}{first}{memory}, ended by {finish}",
+        tokens(stats.prompt_tokens),
+        tokens(stats.generated_tokens)
     )
 }
 
