@@ -136,6 +136,9 @@ fn failures_are_exit_1_and_say_what_to_do() {
     run(&["generate", "-m", "no-such-model", "-p", "x"]).fails(1, &["no-such-model", "no such directory", "hub id"]);
     run(&["generate", "-m", "./gone/model", "-p", "x"]).fails(1, &["./gone/model", "no such directory"]);
     run(&["generate", "-m", &format!("{a1}/config.json"), "-p", "x"]).fails(1, &["config.json", "name the directory"]);
+    let empty = tempfile::tempdir().unwrap();
+    run(&["generate", "-m", empty.path().to_str().unwrap(), "-p", "x"])
+        .fails(1, &["config.json", "not found", "*.safetensors"]);
     run(&["generate", "-m", "nobody/nothing", "--offline", "-p", "x"]).fails(1, &["nobody/nothing", "--offline"]);
     run(&generate(&a1, &["--file", "gone.txt"])).fails(1, &["gone.txt", "No such file"]);
     run(&generate(&a1, &["-p", "x", "--device", "cuda"])).fails(1, &["cuda", "--device cpu"]);
