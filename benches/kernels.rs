@@ -3,10 +3,11 @@
 //! `cargo bench --bench kernels`; weights are spread over more memory than the caches hold.
 
 use candle_bitnet::backend::activation::{QuantizedRows, row_stride};
-use candle_bitnet::backend::cpu::{Bandwidth, Cpu, CpuOptions, KernelKind};
+use candle_bitnet::backend::cpu::{Cpu, CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::model::config::Projection;
 use candle_bitnet::model::presets::{Preset, SyntheticWeights};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use std::time::Duration;
 
 /// Weights that are read in turn: 24 of 8.8 MB.
 const COPIES: usize = 24;
@@ -26,12 +27,12 @@ fn kernels(c: &mut Criterion) {
     for options in all {
         let cpu = Cpu::new(options).expect("a CPU");
         let threads = cpu.pool().threads();
-        let bandwidth = Bandwidth::new(&cpu, 256 << 20).expect("memory");
+        let buffer = bandwidth_buffer(&cpu, 256 << 20).expect("memory");
         let mut group = c.benchmark_group(format!("read, {threads} threads"));
         group.throughput(Throughput::Bytes(256 << 20));
-        group.bench_function("256 MiB", |b| b.iter(|| bandwidth.measure(&cpu)));
+        group.bench_function("256 MiB", |b| b.iter(|| read_bandwidth(&cpu, &[&buffer], Duration::ZERO)));
         group.finish();
-        drop(bandwidth);
+        drop(buffer);
         for kernel in KernelKind::available().into_iter().filter(|k| *k != KernelKind::Generic) {
             let cpu = Cpu::new(CpuOptions { kernel: Some(kernel), ..options }).expect("an available kernel");
             let pack = |layer| {

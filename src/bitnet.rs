@@ -99,7 +99,7 @@ pub struct LoadedDecoder {
     pub kv_dtype: DenseType,
     /// The checkpoint's folder; none for a preset.
     pub dir: Option<PathBuf>,
-    /// Time from opening the checkpoint to the last packed weight.
+    /// Time from opening the checkpoint to the last packed weight, without the tokenizer's.
     pub load_time: Duration,
 }
 
@@ -112,15 +112,19 @@ impl LoadedDecoder {
     pub fn load(model: &str, options: &LoadOptions) -> Result<Self> {
         let dir = hub::resolve(model, &options.hub)?;
         let start = Instant::now();
-        let checkpoint = Checkpoint::open(&dir)?;
+        Self::from_checkpoint(&Checkpoint::open(&dir)?, start, options)
+    }
+
+    fn from_checkpoint(checkpoint: &Checkpoint, start: Instant, options: &LoadOptions) -> Result<Self> {
         let (path, text) = checkpoint.config();
         let config = ModelConfig::parse(path, text)?;
         let backend = Backend::new(&options.device, options.cpu)?;
-        let weights = CheckpointWeights::new(&checkpoint, &config)?;
+        let weights = CheckpointWeights::new(checkpoint, &config)?;
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
         let decoder = Decoder::load(&backend, config.clone(), &weights, context, progress)?;
-        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: Some(dir), load_time: start.elapsed() })
+        let dir = Some(checkpoint.dir().to_owned());
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir, load_time: start.elapsed() })
     }
 
     /// A preset's shapes with random weights; needs no file.
@@ -194,12 +198,15 @@ impl Report {
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mb = |bytes: usize| bytes as f64 / 1e6;
+        let (parameters, unit) = match self.parameters as f64 {
+            n if n < 1e9 => (n / 1e6, "M"),
+            n => (n / 1e9, "G"),
+        };
         write!(
             f,
-            "{}, {:.2} G parameters; {} with kernel {} on {} thread{}; reads {:.1} MB a token (ternary {:.1}, head {:.1}), \
+            "{}, {parameters:.2} {unit} parameters; {} with kernel {} on {} thread{}; reads {:.1} MB a token (ternary {:.1}, head {:.1}), \
              KV cache {} {:.1} kB a position, context {}; loaded in {:.2} s",
             self.family,
-            self.parameters as f64 / 1e9,
             self.device,
             self.kernel,
             self.threads,
@@ -234,11 +241,16 @@ impl BitNet {
     /// As [`LoadedDecoder::load`]; for a tokenizer or generation configuration that is missing or malformed.
     pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self> {
         let dir = hub::resolve(model.as_ref(), &options.hub)?;
-        // The small files first: a bad tokenizer is reported before gigabytes are packed.
+        // Opening reads headers only, and shows that this is a checkpoint at all. Then the small files: a bad
+        // tokenizer is reported before gigabytes are packed.
+        let start = Instant::now();
+        let checkpoint = Checkpoint::open(&dir)?;
+        let opened = start.elapsed();
         let tokenizer = Tokenizer::from_dir(&dir)?;
         let template = ChatTemplate::from_dir(&dir)?;
         let defaults = GenerationDefaults::from_dir(&dir, &tokenizer, template.as_ref())?;
-        let loaded = LoadedDecoder::load(&dir.to_string_lossy(), &options)?;
+        let mut loaded = LoadedDecoder::from_checkpoint(&checkpoint, Instant::now(), &options)?;
+        loaded.load_time += opened;
         let vocab = loaded.decoder.config().vocab_size;
         if tokenizer.vocab_size() > vocab {
             let reason = format!("has {} tokens, the model's vocabulary {vocab}", tokenizer.vocab_size());

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
         Err(e) => {
             // Causes on one line, each once: many errors already say what their cause says.
             let mut message = String::new();
-            for cause in e.chain().map(|c| cause_text(&c.to_string())) {
+            for cause in e.chain().map(|c| cli::first_line(&c)) {
                 if !message.ends_with(&cause) {
                     message += if message.is_empty() { "" } else { ": " };
                     message += &cause;
@@ -25,9 +25,4 @@ fn main() -> ExitCode {
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
-}
-
-/// An error's own text: candle appends a stack trace where RUST_BACKTRACE is set.
-fn cause_text(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
 }

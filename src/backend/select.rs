@@ -188,6 +188,13 @@ impl TernaryWeight {
         }
     }
 
+    /// The packed bytes, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Cpu(w) => Some(w.data()),
+        }
+    }
+
     /// The layout that the weights were packed for.
     pub fn layout(&self) -> LayoutId {
         match self {
@@ -230,6 +237,13 @@ impl DenseWeight {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Cpu(w) => w.bytes().len(),
+        }
+    }
+
+    /// The values, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Cpu(w) => Some(w.bytes()),
         }
     }
 }

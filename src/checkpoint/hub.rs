@@ -91,30 +91,33 @@ impl HubOptions {
 /// Fetches the configuration, tokenizer files and safetensors, and nothing else.
 ///
 /// # Errors
-/// [`Error::Request`] if `model` is neither, [`Error::Hub`] if the hub or the cache cannot deliver, saying what to
-/// do about it, [`Error::File`] for a malformed index of shards.
+/// [`Error::File`] if `model` is neither, or for a malformed index of shards; [`Error::Request`] if `model` is empty or
+/// its revision malformed; [`Error::Hub`] if the hub or the cache cannot deliver, saying what to do about it.
 pub fn resolve(model: &str, options: &HubOptions) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.is_dir() {
         return Ok(path.to_owned());
     }
     let neither = |reason: &str| {
-        let model = quoted(model);
         let id = "a hub id such as microsoft/bitnet-b1.58-2B-4T (owner/name or owner/name@revision)";
-        Error::request("model", format!("{model:?} is neither an existing directory nor {id}: {reason}"))
+        format!("is neither an existing directory nor {id}: {reason}")
     };
+    if model.is_empty() {
+        return Err(Error::request("model", neither("it is empty")));
+    }
     if path.exists() {
-        return Err(neither("it is a file; name the directory that holds it"));
+        return Err(Error::file(quoted(model), neither("it is a file; name the directory that holds it")));
     }
     let (id, revision) = match model.split_once('@') {
         Some((id, revision)) => (id, revision),
         None => (model, options.revision.as_deref().unwrap_or("main")),
     };
     if !is_id(id) {
-        return Err(neither("there is no such directory, and this is no hub id"));
+        return Err(Error::file(quoted(model), neither("there is no such directory, and this is no hub id")));
     }
     if !is_revision(revision) {
-        return Err(neither(&format!("{:?} is not a branch, tag or commit", quoted(revision))));
+        let reason = format!("{:?} is not a branch, tag or commit", quoted(revision));
+        return Err(Error::request(quoted(model), neither(&reason)));
     }
     let Some(cache_dir) = &options.cache_dir else {
         return Err(Error::request(

@@ -48,7 +48,12 @@ impl Checkpoint {
             ));
         }
         let config_path = dir.join(CONFIG_FILE);
-        let config = read_text(&config_path, MAX_CONFIG_SIZE)?;
+        let config = read_text(&config_path, MAX_CONFIG_SIZE).map_err(|e| match e {
+            Error::Io { path, source } if source.kind() == io::ErrorKind::NotFound => {
+                Error::file(path, "not found; a checkpoint is a directory with config.json and *.safetensors")
+            }
+            e => e,
+        })?;
         let index_path = dir.join(INDEX_FILE);
         let single = dir.join(SINGLE_FILE);
         // symlink_metadata, so that a dangling link is an error that names it rather than "no such file".

@@ -4,21 +4,21 @@ mod prompts;
 mod spread;
 
 use super::model_args::{HubArgs, RunArgs};
+use super::print;
 use anyhow::Result;
-use candle_bitnet::backend::cpu::Bandwidth;
+use candle_bitnet::backend::cpu::read_bandwidth;
 use candle_bitnet::backend::host;
 use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
+use candle_bitnet::model::config::MAX_POSITIONS;
 use candle_bitnet::model::{Decoder, Logits, Sequence};
 use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
 use serde::Serialize;
 use spread::Spread;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Bytes that the bandwidth is measured on, and for how long in each repetition.
-const BANDWIDTH_BYTES: usize = 512 << 20;
+/// For how long the read bandwidth is measured in each repetition.
 const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
 /// Tokens that are given to the model at once.
 const CHUNK: usize = 512;
@@ -27,8 +27,8 @@ const MAX_REPS: usize = 1000;
 
 /// Measure prefill and decode speed
 ///
-/// Decode is limited by memory: the report sets the bytes that a token reads against the read bandwidth measured in
-/// the same run with the same threads. --synthetic needs no file; --prompts runs real prompts through a model.
+/// Decode is limited by memory: the report sets the bytes that a token reads against how fast the same threads read
+/// the same weights in the same run. --synthetic needs no file; --prompts runs real prompts through a model.
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["model", "synthetic"])))]
 pub struct Args {
@@ -90,7 +90,7 @@ struct Report {
     /// Mean over the decoded positions.
     bytes_per_token_kv: usize,
     decode_gbps: f64,
-    /// Sustained over a large buffer with the same threads, measured after each repetition; median.
+    /// How fast the same threads read the same weights, computing nothing; after each repetition, median.
     read_gbps: f64,
     decode_share: f64,
     resident_bytes: Option<u64>,
@@ -101,7 +101,7 @@ struct Report {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     for (flag, value, most) in
-        [("--pp", args.pp, usize::MAX), ("--tg", args.tg, usize::MAX), ("--reps", args.reps, MAX_REPS)]
+        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", args.reps, MAX_REPS)]
     {
         if value == 0 || value > most {
             let reason = format!("{value} is not between 1 and {most}");
@@ -118,20 +118,27 @@ pub fn run(args: Args) -> Result<()> {
         options = options.context(Some(args.pp.saturating_add(args.tg)));
     }
     let (name, loaded) = match (&args.synthetic, &args.model) {
-        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)?),
-        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)?),
+        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)),
+        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)),
         (None, None) => return Err(Error::request("bench", "give --model or --synthetic").into()),
     };
+    let loaded = loaded.map_err(|e| match e {
+        // The context is what these flags need together, unless it was given.
+        Error::Request { what, reason } if what == "--context" && args.run.context.is_none() => {
+            Error::request(format!("--pp {} and --tg {}", args.pp, args.tg), format!("together, {reason}"))
+        }
+        e => e,
+    })?;
     let report = measure(name, &loaded, &args)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
-    Ok(())
+    print(&text)
 }
 
 fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report> {
     let decoder = &loaded.decoder;
     let cpu = decoder.backend().cpu();
     let about = loaded.report();
+    let weights = decoder.host_weights();
     let cache = decoder.kv_cache(loaded.kv_dtype, 1)?;
     let vocab = decoder.config().vocab_size;
     let greedy = GenerateOptions::default().greedy().resolve(&GenerationDefaults::default(), vocab)?;
@@ -143,10 +150,8 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
         let (p, d) = repetition(args.pp, args.tg)?;
         prefill.push(args.pp as f64 / p);
         decode.push(args.tg as f64 / d);
-        // Before the buffer of the bandwidth measurement, which is not the model's.
         resident = host::resident_bytes();
-        let bandwidth = Bandwidth::new(cpu, BANDWIDTH_BYTES)?;
-        read.push(bandwidth.sustained(cpu, BANDWIDTH_TIME) / 1e9);
+        read.push(read_bandwidth(cpu, &weights, BANDWIDTH_TIME) / 1e9);
     }
     let (prefill, decode, read_gbps) = (Spread::of(prefill), Spread::of(decode), Spread::of(read).median);
     let kv = about.kv_bytes_per_position() * (args.pp + args.tg.div_ceil(2));

@@ -1,9 +1,10 @@
 //! `bitnet chat`: a conversation at the terminal.
 
 use super::chat_input::{Command, HELP, Line, Lines};
-use super::generate::{still_open, summary};
+use super::generate::summary;
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
+use super::{first_line, still_open};
 use anyhow::Result;
 use candle_bitnet::backend::host::resident_bytes;
 use candle_bitnet::generate::{
@@ -252,7 +253,7 @@ fn explain(error: &Error, first: bool) -> String {
             "the conversation needs {needed} tokens, but the context holds {available}; the message was left out: send a \
              shorter one, or begin a new conversation with /reset"
         ),
-        error => format!("error: {error}; the message was left out"),
+        error => format!("error: {}; the message was left out", first_line(error)),
     }
 }
 

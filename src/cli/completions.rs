@@ -1,10 +1,9 @@
 //! `bitnet completions`: a completion script for a shell.
 
-use super::Cli;
+use super::{Cli, print};
 use anyhow::Result;
 use clap::CommandFactory;
 use clap_complete::Shell;
-use std::io::Write;
 
 /// Print a completion script for a shell
 #[derive(Debug, clap::Args)]
@@ -17,6 +16,5 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "bitnet", &mut script);
-    std::io::stdout().write_all(&script)?;
-    Ok(())
+    print(&String::from_utf8(script)?)
 }

@@ -1,13 +1,13 @@
 //! `bitnet doctor`: what this machine has, and what would be chosen on it.
 
 use super::model_args::RunArgs;
+use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::Backend;
-use candle_bitnet::backend::cpu::{Bandwidth, CpuOptions, KernelKind};
+use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
 use candle_bitnet::select_device;
 use serde::Serialize;
-use std::io::Write;
 use std::time::Duration;
 
 /// Bytes that the bandwidth is measured on, and for how long.
@@ -32,6 +32,8 @@ struct Kernel {
     needs: &'static str,
     usable: bool,
     chosen: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
 }
 
 /// A kind of device.
@@ -65,13 +67,13 @@ pub fn run(args: Args) -> Result<()> {
     let device = select_device(args.run.device)?;
     let options = CpuOptions { kernel: args.run.kernel, threads: args.run.threads };
     let backend = Backend::new(&device, options)?;
-    let report = report(&backend)?;
+    let why = if args.run.kernel.is_some() { "asked for with --kernel" } else { "the fastest usable" };
+    let report = report(&backend, why)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
-    Ok(())
+    print(&text)
 }
 
-fn report(backend: &Backend) -> Result<Report> {
+fn report(backend: &Backend, why: &'static str) -> Result<Report> {
     let cpu = backend.cpu();
     let usable = KernelKind::available();
     let kernels = KernelKind::ALL.map(|k| Kernel {
@@ -79,9 +81,11 @@ fn report(backend: &Backend) -> Result<Report> {
         needs: k.needs(),
         usable: usable.contains(&k),
         chosen: k == cpu.kernel(),
+        reason: (k == cpu.kernel()).then_some(why),
     });
     // A measurement needs memory to spare; without it the rest is still worth knowing.
-    let read_gbps = Bandwidth::new(cpu, BANDWIDTH_BYTES).ok().map(|b| b.sustained(cpu, BANDWIDTH_TIME) / 1e9);
+    let read_gbps =
+        bandwidth_buffer(cpu, BANDWIDTH_BYTES).ok().map(|b| read_bandwidth(cpu, &[&b], BANDWIDTH_TIME) / 1e9);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         cpu: host::cpu_name().unwrap_or_else(|| "unknown".into()),
@@ -127,10 +131,10 @@ fn describe(r: &Report) -> String {
         r.self_check,
     );
     for k in &r.kernels {
-        let state = match (k.chosen, k.usable) {
-            (true, _) => "chosen: the fastest usable, or asked for",
-            (false, true) => "usable",
-            (false, false) => "not on this CPU",
+        let state = match (k.reason, k.usable) {
+            (Some(why), _) => format!("chosen: {why}"),
+            (None, true) => "usable".into(),
+            (None, false) => "not on this CPU".into(),
         };
         text += &format!("  {:13} {state} (needs {})\n", k.name, k.needs);
     }

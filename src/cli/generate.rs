@@ -2,6 +2,7 @@
 
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
+use super::still_open;
 use anyhow::{Context, Result};
 use candle_bitnet::backend::host::resident_bytes;
 use candle_bitnet::generate::{FinishReason, Generation, GenerationStats, LanguageModel, TokenStream};
@@ -166,15 +167,6 @@ fn write_answer<M: LanguageModel>(
     }))
 }
 
-/// Whether a write found a reader: a closed pipe is a quiet end, any other failure an error.
-pub(super) fn still_open(result: io::Result<()>) -> Result<bool> {
-    match result {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => Err(e).context("standard output"),
-    }
-}
-
 /// What `--json` prints.
 fn report(generation: &Generation, resident: Option<u64>) -> Value {
     let stats = &generation.stats;
@@ -199,9 +191,11 @@ pub(super) fn summary(stats: &GenerationStats, finish: FinishReason, resident: O
     let speed = stats.tokens_per_second().map(|s| format!(" ({s:.1} tokens/s)")).unwrap_or_default();
     let first = stats.time_to_first_token.map(|s| format!(", first after {s:.2} s")).unwrap_or_default();
     let memory = resident.map(|b| format!(", {:.0} MiB resident", b as f64 / 1_048_576.0)).unwrap_or_default();
+    let tokens = |n: usize| format!("{n} token{}", if n == 1 { "" } else { "s" });
     format!(
-        "prompt: {} tokens, answer: {} tokens{speed}{first}{memory}, ended by {finish}",
-        stats.prompt_tokens, stats.generated_tokens
+        "prompt: {}, answer: {}{speed}{first}{memory}, ended by {finish}",
+        tokens(stats.prompt_tokens),
+        tokens(stats.generated_tokens)
     )
 }
 

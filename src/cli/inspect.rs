@@ -2,19 +2,24 @@
 
 mod report;
 
+use super::print;
 use anyhow::Result;
 use candle_bitnet::checkpoint::Checkpoint;
 use candle_bitnet::checkpoint::hub::{HubOptions, resolve};
 use clap::Args as ClapArgs;
 use report::Report;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 /// Show what a checkpoint holds and what it will occupy
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
     /// Model: a hub id (`owner/name` or `owner/name@revision`) or a directory
-    #[arg(value_name = "MODEL")]
-    pub model: String,
+    #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
+    pub model: Option<String>,
+
+    /// The same, as the other commands take it
+    #[arg(short, long = "model", id = "model_flag", value_name = "MODEL", conflicts_with = "model")]
+    pub model_flag: Option<String>,
 
     /// Write JSON
     #[arg(long)]
@@ -42,16 +47,12 @@ pub fn run(args: Args) -> Result<()> {
         progress: std::io::stderr().is_terminal(),
         ..env
     };
-    let checkpoint = Checkpoint::open(&resolve(&args.model, &options)?)?;
+    let model = args.model.or(args.model_flag).unwrap_or_default();
+    let checkpoint = Checkpoint::open(&resolve(&model, &options)?)?;
     let report = Report::of(&checkpoint, args.tensors)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report)?,
         false => report.to_string(),
     };
-    let mut out = std::io::stdout().lock();
-    match writeln!(out, "{}", text.trim_end()) {
-        // `bitnet inspect … | head` is no failure.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+    print(&text)
 }

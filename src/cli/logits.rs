@@ -9,7 +9,7 @@ use candle_bitnet::checkpoint::header;
 use candle_bitnet::checkpoint::write::{Entry, write_file};
 use candle_bitnet::model::{Decoder, Logits, Sequence};
 use candle_bitnet::nn::KvCache;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Tokens that are given to the model at once.
 const CHUNK: usize = 512;
@@ -44,6 +44,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.greedy.is_some_and(|n| n == 0 || n > MAX_GREEDY) {
         return Err(Error::request("--greedy", format!("must be between 1 and {MAX_GREEDY}")).into());
     }
+    check_output(&args.output)?;
     let prompts = read_prompts(&args.input)?;
     let loaded = args.model.load_decoder()?;
     let decoder = &loaded.decoder;
@@ -61,6 +62,18 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     write_file(&args.output, tensors, &mut |_| ())?;
+    Ok(())
+}
+
+/// Refuses, before the work, what cannot be written after it.
+fn check_output(path: &Path) -> Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !dir.is_dir() {
+        bail!("--output {}: there is no directory {}; create it first", path.display(), dir.display());
+    }
+    if path.is_dir() {
+        bail!("--output {}: is a directory; name a file", path.display());
+    }
     Ok(())
 }
 

@@ -14,7 +14,10 @@ mod model_args;
 mod sampling_args;
 pub mod synth;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+use std::fmt::Display;
+use std::io::{self, Write};
 
 /// Run BitNet b1.58 language models
 #[derive(Debug, Parser)]
@@ -51,4 +54,25 @@ impl Command {
             Self::Completions(args) => completions::run(args),
         }
     }
+}
+
+/// Prints a command's result, ended by one line break. A closed pipe is a quiet end: `bitnet doctor | head` is no
+/// failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    still_open(writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush())).map(drop)
+}
+
+/// Whether a write found a reader: a closed pipe is a quiet end, any other failure an error.
+fn still_open(result: io::Result<()>) -> anyhow::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(e).context("standard output"),
+    }
+}
+
+/// An error's own text: candle appends a stack trace where RUST_BACKTRACE is set.
+pub fn first_line(error: &dyn Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }

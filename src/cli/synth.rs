@@ -2,6 +2,7 @@
 
 mod tokenizer;
 
+use super::print;
 use anyhow::{Context, Result};
 use candle_bitnet::Error;
 use candle_bitnet::checkpoint::StoredType;
@@ -62,15 +63,14 @@ pub fn run(args: Args) -> Result<()> {
         let _ = std::fs::remove_dir(&args.out);
     }
     let (files, bytes) = written?;
-    println!(
+    print(&format!(
         "{}: {} in {files} file{}, {} parameters, seed {}",
         args.out.display(),
         HumanBytes(bytes),
         if files == 1 { "" } else { "s" },
         config.parameters(),
         args.seed
-    );
-    Ok(())
+    ))
 }
 
 /// Refuses a directory that holds a checkpoint, or what could be taken for a part of one.

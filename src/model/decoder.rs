@@ -58,6 +58,13 @@ struct Layer {
     down: Linear,
 }
 
+impl Layer {
+    fn host_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        let qkv = self.qkv.host_bytes().into_iter().chain(self.output.host_bytes());
+        qkv.chain(self.gate_up.host_bytes()).chain(self.down.host_bytes())
+    }
+}
+
 /// A b1.58 decoder on one device.
 #[derive(Debug)]
 pub struct Decoder {
@@ -162,6 +169,11 @@ impl Decoder {
             embedding: if self.config.tied_embeddings { 0 } else { self.embedding.bytes() },
             kv_elements_per_position: 2 * self.layers.len() * self.shape.kv_heads * self.shape.head_dim,
         }
+    }
+
+    /// What a decoded token reads of the weights, in that order, as far as this machine's memory holds it.
+    pub fn host_weights(&self) -> Vec<&[u8]> {
+        self.layers.iter().flat_map(Layer::host_bytes).chain(self.head.host_bytes()).collect()
     }
 
     /// Appends each sequence's tokens at its position and returns logits, f32.

@@ -120,6 +120,14 @@ impl Linear {
         }
     }
 
+    /// The stored bytes, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        match &self.weight {
+            Weight::Ternary(w) => w.host_bytes(),
+            Weight::Dense(w) => w.host_bytes(),
+        }
+    }
+
     /// Whether the weight is ternary.
     pub fn is_ternary(&self) -> bool {
         matches!(self.weight, Weight::Ternary(_))
@@ -173,6 +181,14 @@ impl LinearGroup {
                 let parts: Result<Vec<_>> = layers.iter().map(|l| l.forward(backend, &x, None, None)).collect();
                 Ok(Tensor::cat(&parts?, D::Minus1)?)
             }
+        }
+    }
+
+    /// The stored bytes, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Vec<&[u8]> {
+        match self {
+            Self::Stacked(w) => w.host_bytes().into_iter().collect(),
+            Self::Separate(layers) => layers.iter().filter_map(Linear::host_bytes).collect(),
         }
     }
 

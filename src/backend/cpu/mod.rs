@@ -20,7 +20,7 @@ mod tiles;
 mod x86_64;
 
 pub use attention::CpuKv;
-pub use bandwidth::Bandwidth;
+pub use bandwidth::{bandwidth_buffer, read_bandwidth};
 pub use dense::CpuDense;
 pub use kernel::{KernelKind, TernaryKernel};
 pub use norm::Gate;

@@ -118,7 +118,8 @@ impl CpuTernary {
         self.cols.div_ceil(LINE_COLS)
     }
 
-    pub(super) fn data(&self) -> &[u8] {
+    /// The packed tiles.
+    pub(crate) fn data(&self) -> &[u8] {
         &self.data
     }
 

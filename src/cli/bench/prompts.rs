@@ -1,11 +1,11 @@
 //! `bench --prompts`: real prompts, with success, speed and latency of each and of all.
 
 use super::spread::Spread;
+use crate::cli::{first_line, print};
 use anyhow::{Context, Result, bail};
 use candle_bitnet::generate::{GenerateOptions, Generation};
 use candle_bitnet::{BitNet, Error};
 use serde::Serialize;
-use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
@@ -95,7 +95,7 @@ pub fn run(model: &mut BitNet, prompts: &[String], max_tokens: usize, json: bool
         results,
     };
     let text = if json { serde_json::to_string_pretty(&summary)? } else { describe(&summary) };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
+    print(&text)?;
     match summary.succeeded {
         0 => bail!("no prompt succeeded"),
         _ => Ok(()),
@@ -122,7 +122,7 @@ fn one(model: &mut BitNet, index: usize, prompt: &str, options: &GenerateOptions
         latency_seconds,
     };
     match answer {
-        Err(e) => Outcome { error: Some(e.to_string()), ..outcome },
+        Err(e) => Outcome { error: Some(first_line(&e)), ..outcome },
         Ok(g) => Outcome {
             prompt_tokens: g.stats.prompt_tokens,
             tokens: g.stats.generated_tokens,

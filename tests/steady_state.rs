@@ -1,0 +1,141 @@
+//! What a decode step allocates once it is warm: always the same, and no more than its activations and logits.
+
+mod common;
+
+use candle_bitnet::backend::DenseType;
+use candle_bitnet::model::{Decoder, Logits, Sequence};
+use candle_bitnet::{DeviceChoice, LoadOptions, LoadedDecoder, select_device};
+use common::{FIXTURES, fixture};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Counts what all threads allocate, and notes the sizes.
+struct Counting;
+
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
+static SIZES: [AtomicUsize; 8192] = [const { AtomicUsize::new(0) }; 8192];
+
+fn count(bytes: usize) {
+    let at = COUNT.fetch_add(1, Relaxed);
+    BYTES.fetch_add(bytes, Relaxed);
+    if let Some(size) = SIZES.get(at) {
+        size.store(bytes, Relaxed);
+    }
+}
+
+// SAFETY: passes everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(size);
+        unsafe { System.realloc(ptr, layout, size) }
+    }
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The counters are the process's, so one test counts at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Allocations and bytes of `f`.
+fn counted(f: impl FnOnce()) -> (usize, usize) {
+    COUNT.store(0, Relaxed);
+    BYTES.store(0, Relaxed);
+    f();
+    (COUNT.load(Relaxed), BYTES.load(Relaxed))
+}
+
+fn options(threads: usize) -> LoadOptions {
+    LoadOptions::new(&select_device(DeviceChoice::Cpu).unwrap()).threads(Some(threads))
+}
+
+/// Bytes of one token's activations and logits, each op's output once.
+fn activation_bytes(model: &Decoder) -> usize {
+    let c = model.config();
+    let (hidden, mlp, q, kv) = (c.hidden_size, c.intermediate_size, c.q_size(), c.num_kv_heads * c.head_dim);
+    // q, k, v; attention; both residual sums; gate and up; the gated product where it is not fused.
+    let floats = q + 2 * kv + q + 2 * hidden + 3 * mlp;
+    // The four quantised inputs, a byte an element; rows are padded and carry their scale.
+    let codes = 2 * hidden + q + mlp + 4 * 128;
+    // Embedding, final norm, logits.
+    c.num_layers * (4 * floats + codes) + 4 * (2 * hidden + c.vocab_size)
+}
+
+#[test]
+fn a_decode_step_allocates_the_same_at_every_position_and_no_more_than_its_activations() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (name, threads) in FIXTURES.iter().flat_map(|name| [(name, 1), (name, 2)]) {
+        let loaded = LoadedDecoder::load(fixture(name).to_str().unwrap(), &options(threads)).unwrap();
+        let model = &loaded.decoder;
+        let cache = model.kv_cache(DenseType::F32, 1).unwrap();
+        let step = |position: usize| {
+            let sequence = Sequence { slot: 0, position, tokens: &[position as u32 % 256] };
+            model.forward(&[sequence], &cache, Logits::Last).unwrap();
+        };
+        (0..4).for_each(step);
+        let steps: Vec<_> = (4..model.context()).map(|position| counted(|| step(position))).collect();
+        let (count, bytes) = steps[0];
+        println!("{name}, {threads} threads: {count} allocations, {bytes} bytes");
+        for (i, got) in steps.iter().enumerate() {
+            assert_eq!(*got, (count, bytes), "{name}, {threads} threads: (allocations, bytes) at position {}", i + 4);
+        }
+        let layers = model.config().num_layers;
+        // Measured: 20 + 45 a layer.
+        assert!(count <= 20 + 45 * layers, "{name}: {count} allocations for {layers} layers");
+        // Each output tensor comes with its storage, shape and operation: a few hundred bytes.
+        let most = activation_bytes(model) + 256 * count;
+        assert!(bytes <= most, "{name}: {bytes} bytes; activations and logits are {most}");
+    }
+}
+
+/// cargo test --test steady_state --release -- --ignored --nocapture
+#[test]
+#[ignore = "a measurement on real shapes, with 1.2 GB"]
+fn what_the_allocations_of_a_step_cost() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = LoadedDecoder::synthetic("2b4t", &options(2).context(Some(64))).unwrap();
+    let model = &loaded.decoder;
+    let cache = model.kv_cache(DenseType::F32, 1).unwrap();
+    let step = |position: usize| {
+        model.forward(&[Sequence { slot: 0, position, tokens: &[7] }], &cache, Logits::Last).unwrap();
+    };
+    (0..4).for_each(step);
+    let (count, bytes) = counted(|| step(4));
+    let sizes: Vec<usize> = SIZES.iter().take(count).map(|s| s.load(Relaxed)).collect();
+    let start = Instant::now();
+    (5..25).for_each(step);
+    let decode = start.elapsed().as_secs_f64() / 20.0;
+    // The same sizes once more, without the work between them: reserved only, and with every byte written once, which
+    // is what clearing an op's output costs at most.
+    let time = |make: &dyn Fn(usize) -> Vec<u8>| {
+        let start = Instant::now();
+        for _ in 0..100 {
+            sizes.iter().for_each(|n| drop(std::hint::black_box(make(*n))));
+        }
+        start.elapsed().as_secs_f64() / 100.0
+    };
+    let (reserved, written) = (time(&Vec::with_capacity), time(&|n| vec![1; n]));
+    println!(
+        "{count} allocations, {:.2} MB a step of {:.2} ms; allocating alone {:.1} us ({:.3} %), with writing {:.1} us ({:.3} %)",
+        bytes as f64 / 1e6,
+        decode * 1e3,
+        reserved * 1e6,
+        100.0 * reserved / decode,
+        written * 1e6,
+        100.0 * written / decode,
+    );
+}
