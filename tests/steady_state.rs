@@ -120,7 +120,7 @@ fn a_decode_step_allocates_the_same_at_every_position_and_no_more_than_its_activ
     }
 }
 
-/// cargo test --test steady_state --release -- --ignored --nocapture
+/// cargo test --release --test steady_state -- --ignored --nocapture
 #[test]
 #[ignore = "a measurement on real shapes, with 1.2 GB"]
 fn what_the_allocations_of_a_step_cost() {
