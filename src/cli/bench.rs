@@ -16,11 +16,11 @@ use candle_bitnet::{BitNet, Error, LoadedDecoder};
 use serde::Serialize;
 use spread::Spread;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Bytes that the bandwidth is measured on, and passes over them in each repetition.
+/// Bytes that the bandwidth is measured on, and for how long in each repetition.
 const BANDWIDTH_BYTES: usize = 512 << 20;
-const BANDWIDTH_PASSES: usize = 4;
+const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
 /// Tokens that are given to the model at once.
 const CHUNK: usize = 512;
 /// Most repetitions.
@@ -91,7 +91,7 @@ struct Report {
     /// Mean over the decoded positions.
     bytes_per_token_kv: usize,
     decode_gbps: f64,
-    /// Best pass over a large buffer with the same threads.
+    /// Sustained over a large buffer with the same threads, measured after each repetition; median.
     read_gbps: f64,
     decode_share: f64,
     resident_bytes: Option<u64>,
@@ -145,7 +145,7 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
     let mut sampler = Sampler::new(&greedy.sampling, vocab);
     let mut repetition = |pp: usize, tg: usize| one_repetition(decoder, &cache, &mut sampler, pp, tg);
     repetition(args.pp.min(16), args.tg.min(4))?;
-    let (mut prefill, mut decode, mut read_gbps, mut resident) = (Vec::new(), Vec::new(), 0f64, None);
+    let (mut prefill, mut decode, mut read, mut resident) = (Vec::new(), Vec::new(), Vec::new(), None);
     for _ in 0..args.reps {
         let (p, d) = repetition(args.pp, args.tg)?;
         prefill.push(args.pp as f64 / p);
@@ -153,9 +153,9 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
         // Before the buffer of the bandwidth measurement, which is not the model's.
         resident = host::resident_bytes();
         let bandwidth = Bandwidth::new(cpu, BANDWIDTH_BYTES)?;
-        read_gbps = read_gbps.max(bandwidth.best_of(cpu, BANDWIDTH_PASSES) / 1e9);
+        read.push(bandwidth.sustained(cpu, BANDWIDTH_TIME) / 1e9);
     }
-    let (prefill, decode) = (Spread::of(prefill), Spread::of(decode));
+    let (prefill, decode, read_gbps) = (Spread::of(prefill), Spread::of(decode), Spread::of(read).median);
     let kv = about.kv_bytes_per_position() * (args.pp + args.tg.div_ceil(2));
     let bytes_per_token = about.bytes_per_token() + kv;
     let decode_gbps = decode.median * bytes_per_token as f64 / 1e9;

@@ -8,10 +8,11 @@ use candle_bitnet::backend::cpu::{Bandwidth, CpuOptions, KernelKind};
 use candle_bitnet::backend::host;
 use candle_bitnet::select_device;
 use serde::Serialize;
+use std::time::Duration;
 
-/// Bytes that the bandwidth is measured on, and passes over them.
+/// Bytes that the bandwidth is measured on, and for how long.
 const BANDWIDTH_BYTES: usize = 512 << 20;
-const BANDWIDTH_PASSES: usize = 5;
+const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
 
 /// Show what this machine has: CPU features, the kernel chosen and why, memory, read bandwidth, devices
 #[derive(Debug, clap::Args)]
@@ -55,7 +56,7 @@ struct Report {
     kernels: Vec<Kernel>,
     memory_bytes: Option<u64>,
     available_bytes: Option<u64>,
-    /// Best of some passes with all threads.
+    /// Sustained with all threads.
     read_gbps: Option<f64>,
     devices: Vec<Device>,
     self_check: &'static str,
@@ -83,7 +84,7 @@ fn report(backend: &Backend, why: &'static str) -> Result<Report> {
         reason: (k == cpu.kernel()).then_some(why),
     });
     // A measurement needs memory to spare; without it the rest is still worth knowing.
-    let read_gbps = Bandwidth::new(cpu, BANDWIDTH_BYTES).ok().map(|b| b.best_of(cpu, BANDWIDTH_PASSES) / 1e9);
+    let read_gbps = Bandwidth::new(cpu, BANDWIDTH_BYTES).ok().map(|b| b.sustained(cpu, BANDWIDTH_TIME) / 1e9);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         cpu: host::cpu_name().unwrap_or_else(|| "unknown".into()),

@@ -8,7 +8,7 @@ use crate::backend::activation::QuantizedRows;
 use crate::{Error, Result};
 
 /// Bytes of weights that one decode task reads: some 10 µs, so that a slow core costs little at the end.
-const TASK_BYTES: usize = 96 << 10;
+const TASK_BYTES: usize = 128 << 10;
 /// Most tiles of one decode task.
 const TASK_TILES: usize = 16;
 

@@ -1,0 +1,268 @@
+// Packing, norm + quantise, decode products, prefill products.
+#include "oracle.h"
+
+#include "../../kernels/cuda/gemm.cu"
+#include "../../kernels/cuda/gemv.cu"
+#include "../../kernels/cuda/norm.cu"
+#include "../../kernels/cuda/pack.cu"
+
+using namespace harness;
+using namespace oracle;
+
+namespace {
+
+constexpr int kRepeat =
+#ifdef BITNET_EMULATOR
+    1;
+#else
+    3;
+#endif
+
+int odd_k(Random& r) {
+    return r.below(3) ? r.between(1, 600) : r.pick({1, 3, 4, 15, 16, 17, 255, 256, 257, 320, 511, 512, 768, 1000, 1300});
+}
+
+// The layout written out by hand from the diagram of layout.cuh.
+std::vector<unsigned> pack_reference(const Ternary& t, int row0, int map, std::vector<unsigned> packed) {
+    int k_tiles = (t.cols + 255) / 256;
+    for (int r = 0; r < t.rows; ++r) {
+        int target = map == 0 ? row0 + r : r / 8 * 16 + (map == 2 ? 8 : 0) + r % 8;
+        for (int tile = 0; tile < k_tiles; ++tile)
+            for (int lane_t = 0; lane_t < 4; ++lane_t)
+                for (int j = 0; j < 4; ++j) {
+                    unsigned word = 0;
+                    for (int i = 0; i < 4; ++i)
+                        for (int b = 0; b < 4; ++b) {
+                            int k = tile * 256 + j * 64 + i * 16 + lane_t * 4 + b;
+                            unsigned code = k < t.cols ? unsigned(t.w[size_t(r) * t.cols + k] + 1) : 0;
+                            word |= code << (8 * b + 2 * i);
+                        }
+                    size_t at = (size_t(target / 16) * k_tiles + tile) * 256 + (target / 8 % 2) * 128 + (target % 8 * 4 + lane_t) * 4 + j;
+                    packed[at] = word;
+                }
+    }
+    return packed;
+}
+
+void pack_on_device(Buffer<unsigned>& packed, const Ternary& t, int row0, int map) {
+    Buffer<uint8_t> codes(t.codes);
+    long words = long(t.rows) * ((t.cols + 255) / 256) * 16;
+    LAUNCH(bitnet_pack, Grid(unsigned((words + 255) / 256)), 256, 0, codes.ptr(), packed.ptr(), t.rows, t.cols, t.row_bytes, row0, map);
+}
+
+void pack_suite() {
+    Random r(1);
+    for (int n = 0; n < 150 * kRepeat; n += thinning()) {
+        vary_order(r);
+        int cols = odd_k(r), rows = r.between(1, 40), row0 = r.below(37), map = r.below(3);
+        start_case("pack rows " + std::to_string(rows) + " cols " + std::to_string(cols) + " row0 " + std::to_string(row0) + " map " + std::to_string(map));
+        Ternary t = ternary(r, rows, cols);
+        int total = map ? (rows + 7) / 8 * 16 : (row0 + rows + 15) / 16 * 16;
+        std::vector<unsigned> zero(size_t(total) * ((cols + 255) / 256) * 16, 0);
+        Buffer<unsigned> packed(zero);
+        pack_on_device(packed, t, row0, map);
+        check_equal(packed.host(), pack_reference(t, row0, map, zero), "word");
+    }
+}
+
+void norm_suite() {
+    Random r(2);
+    for (int n = 0; n < 200 * kRepeat; n += thinning()) {
+        vary_order(r);
+        int k = n % 10 == 0 ? r.between(2000, 9000) : odd_k(r), rows = r.between(1, 4);
+        bool add = r.below(2), norm = r.below(3) != 0;
+        unsigned threads = unsigned(r.pick({32, 64, 96, 256, 512}));
+        start_case("norm k " + std::to_string(k) + " rows " + std::to_string(rows) + (add ? " add" : "") + (norm ? " norm" : ""));
+        float scale = r.pick({1e-4f, 1.0f, 300.0f});
+        std::vector<float> x = normals(r, size_t(rows) * k, scale), d = normals(r, size_t(rows) * k, scale), w = normals(r, k);
+        if (n % 17 == 3) std::fill(x.begin(), x.end(), 0.0f), add = false;
+        float eps = 1e-5f;
+        Buffer<float> xb(x), db(d), wb(w), sx(rows);
+        Buffer<int> qsum(rows);
+        Buffer<int8_t> q(size_t(rows) * padded(k));
+        LAUNCH(bitnet_norm_quantise, Grid(unsigned(rows)), threads, bitnet::kQuantiseScratch, xb.ptr(), add ? db.ptr() : nullptr, norm ? wb.ptr() : nullptr, eps, rows, k, q.ptr(), sx.ptr(), qsum.ptr());
+        Buffer<float> y(size_t(rows) * k), x2(x);
+        LAUNCH(bitnet_rmsnorm, Grid(unsigned(rows)), threads, 128, x2.ptr(), add ? db.ptr() : nullptr, wb.ptr(), eps, rows, k, y.ptr());
+        auto gq = q.host();
+        auto gs = sx.host();
+        auto gt = qsum.host();
+        std::vector<float> sum = x;
+        if (add)
+            for (size_t i = 0; i < x.size(); ++i) sum[i] = x[i] + d[i];
+        check_equal(xb.host(), sum, "residual");
+        check_equal(x2.host(), sum, "residual of rmsnorm");
+        std::vector<double> want_y;
+        for (int row = 0; row < rows; ++row) {
+            const float* s = &sum[size_t(row) * k];
+            double squares = 0, top = 0;
+            for (int i = 0; i < k; ++i) squares += double(s[i]) * s[i];
+            double rr = 1 / std::sqrt(squares / k + eps);
+            for (int i = 0; i < k; ++i) {
+                double v = norm ? s[i] * rr * w[i] : s[i];
+                top = std::max(top, std::fabs(v));
+                want_y.push_back(s[i] * rr * w[i]);
+            }
+            double want_s = 127 / std::max(top, double(1e-5f));
+            check(std::fabs(gs[row] - want_s) <= 3e-6 * want_s, "s_x");
+            int total = 0;
+            for (int i = 0; i < padded(k); ++i) {
+                int got = gq[size_t(row) * padded(k) + i];
+                total += got;
+                if (i >= k) {
+                    check(got == 0, "padding code");
+                    continue;
+                }
+                if (norm) {
+                    double v = s[i] * rr * w[i] * want_s;
+                    check(std::fabs(got - v) <= 0.5 + 2e-3, "code of a normalised value");
+                } else {
+                    float m = 0;
+                    for (int c = 0; c < k; ++c) m = std::max(m, std::fabs(s[c]));
+                    float exact = 127.0f / std::max(m, 1e-5f);
+                    if (i == 0) check(gs[row] == exact, "s_x bits");
+                    check(got == int(std::nearbyintf(s[i] * exact)), "code");
+                }
+                check(got >= -127, "-128 never occurs");
+            }
+            check(total == gt[row], "sum of codes");
+        }
+        check_close(y.host(), want_y, 3e-6, 0, "rmsnorm");
+    }
+}
+
+Scales make_scales(Random& r, int n, bool gated) {
+    Scales s;
+    s.end[0] = gated ? 1 << 30 : r.between(0, n);
+    s.end[1] = gated ? 1 << 30 : r.between(s.end[0], n);
+    s.end[2] = gated ? 1 << 30 : r.between(s.end[1], n);
+    s.divide = r.below(2);
+    for (float& v : s.value) v = 0.25f + r.uniform();
+    return s;
+}
+float scale_of(const Scales& s, int row) { return row < s.end[0] ? s.value[0] : row < s.end[1] ? s.value[1] : row < s.end[2] ? s.value[2] : s.value[3]; }
+
+// What a product must write over `before` [tokens, ld]; silu may differ from `got` in the last bits of exp.
+std::vector<float> expected(const Ternary& a, const Ternary& b, const Quantised& act, const Scales& scales, int epilogue, int activation, int tokens, int ld, std::vector<float> before, const std::vector<float>& got) {
+    for (int t = 0; t < tokens; ++t)
+        for (int row = 0; row < a.rows; ++row) {
+            const int8_t* c = &act.q[size_t(t) * padded(a.cols)];
+            float& y = before[size_t(t) * ld + row];
+            if (epilogue == 2) {
+                y = oracle::gated(oracle::dequantise(dot(a, row, c), act.sx[t], scales.value[0], scales.divide), oracle::dequantise(dot(b, row, c), act.sx[t], scales.value[1], scales.divide), activation);
+                float g = got[size_t(t) * ld + row];
+                if (activation == 1 && std::fabs(g - y) <= 1e-6f * std::fabs(y) + 1e-30f) y = g;
+            } else {
+                float v = oracle::dequantise(dot(a, row, c), act.sx[t], scale_of(scales, row), scales.divide);
+                y = epilogue == 1 ? y + v : v;
+            }
+        }
+    return before;
+}
+
+void gemv_suite() {
+    Random r(3);
+    for (int n = 0; n < 330 * kRepeat; n += thinning()) {
+        vary_order(r);
+        int k = n % 40 == 7 ? r.between(1500, 3000) : odd_k(r), rows = r.between(1, n % 5 ? 70 : 200), tokens = r.below(3) ? r.between(1, 8) : 1;
+        int epilogue = r.below(3), activation = r.below(2);
+        bool fused = r.below(2), norm = r.below(2);
+        unsigned threads = unsigned(r.pick({32, 64, 96, 160, 256, 512}));
+        Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
+        if (n % 60 == 11) {  // real widths, and the widest row whose sums still fit (numerics.md)
+            k = std::vector<int>{2560, 6912, 8640, 14336, 23040, 132104}[n / 60 % 6];
+            rows = r.between(1, 20);
+            tokens = k > 20000 ? 1 : r.pick({1, 8});
+            if (k == 132104) fill = Fill::Plus, fused = false;
+        }
+        start_case("gemv n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue) + (fused ? " fused" : "") + " threads " + std::to_string(threads));
+        bool gated = epilogue == 2;
+        Ternary a = ternary(r, rows, k, fill), b = ternary(r, rows, k);
+        int row_tiles = gated ? (rows + 7) / 8 : (rows + 15) / 16, k_tiles = (k + 255) / 256;
+        Buffer<unsigned> packed(std::vector<unsigned>(size_t(row_tiles) * k_tiles * 256, 0));
+        pack_on_device(packed, a, 0, gated ? 1 : 0);
+        if (gated) pack_on_device(packed, b, 0, 2);
+        Quantised act = quantised(r, tokens, k, r.below(4) == 0);
+        if (k == 132104) {
+            std::fill(act.q.begin(), act.q.begin() + k, int8_t(127));
+            act.qsum[0] = 127 * k;
+        }
+        std::vector<float> x = normals(r, size_t(tokens) * k, 3), w = normals(r, k);
+        Buffer<float> xb(x), wb(w), sx(act.sx);
+        Buffer<int8_t> q(act.q);
+        Buffer<int> qsum(act.qsum);
+        float eps = 1e-6f;
+        if (fused) {
+            // The norm kernel, checked above, gives the codes this product must have used. Same reduction
+            // shape needed for the same bits, so take threads per row from the product.
+            int warps = int(threads) / 32, at_once = std::min(tokens, warps);
+            unsigned per_row = unsigned(warps / at_once) * 32;
+            LAUNCH(bitnet_norm_quantise, Grid(unsigned(tokens)), per_row, bitnet::kQuantiseScratch, xb.ptr(), nullptr, norm ? wb.ptr() : nullptr, eps, tokens, k, q.ptr(), sx.ptr(), qsum.ptr());
+            act = Quantised{q.host(), sx.host(), qsum.host()};
+        }
+        Scales scales = make_scales(r, rows, gated);
+        int ld = rows + r.below(3);
+        std::vector<float> before = normals(r, size_t(tokens) * ld);
+        Buffer<float> out(before);
+        unsigned grid = unsigned(r.between(1, row_tiles + 2));
+        size_t per_block = size_t(row_tiles + grid - 1) / grid;
+        size_t shared = size_t(tokens) * (padded(k) + 16) + per_block * 512 + 64 + bitnet::kQuantiseScratch;
+        if (shared > 200 * 1024) grid = unsigned(row_tiles), shared = size_t(tokens) * (padded(k) + 16) + 512 + 64 + bitnet::kQuantiseScratch;
+        GemvParams p{};
+        p.weights = reinterpret_cast<const uint4*>(packed.ptr());
+        p.norm = norm ? wb.ptr() : nullptr;
+        p.x = xb.ptr(), p.q = q.ptr(), p.sx = sx.ptr(), p.qsum = qsum.ptr();
+        p.out = out.ptr(), p.scales = scales, p.eps = eps, p.tokens = tokens, p.n = rows, p.k = k, p.ld_out = ld, p.activation = activation;
+        auto kernel = fused ? (epilogue == 0 ? bitnet_gemv_norm : epilogue == 1 ? bitnet_gemv_norm_residual : bitnet_gemv_norm_gated)
+                            : (epilogue == 0 ? bitnet_gemv : epilogue == 1 ? bitnet_gemv_residual : bitnet_gemv_gated);
+        LAUNCH(kernel, Grid(grid), threads, shared, p);
+        auto got = out.host();
+        auto want = expected(a, b, act, scales, epilogue, activation, tokens, ld, before, got);
+        check_equal(got, want, "output");
+    }
+}
+
+void gemm_suite() {
+    Random r(4);
+    for (int n = 0; n < 90 * kRepeat; n += thinning()) {
+        vary_order(r);
+        int k = n % 3 ? odd_k(r) : r.between(1, 300), rows = r.between(1, n % 5 ? 40 : 200), tokens = r.between(1, n % 5 == 1 ? 200 : 40);
+        int epilogue = r.below(3), activation = r.below(2);
+        bool wide = r.below(3) == 0, gated = epilogue == 2;
+        Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
+        start_case("gemm n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue) + (wide ? " wide" : ""));
+        Ternary a = ternary(r, rows, k, fill), b = ternary(r, rows, k);
+        int row_tiles = gated ? (rows + 7) / 8 : (rows + 15) / 16, k_tiles = (k + 255) / 256;
+        Buffer<unsigned> packed(std::vector<unsigned>(size_t(row_tiles) * k_tiles * 256, 0));
+        pack_on_device(packed, a, 0, gated ? 1 : 0);
+        if (gated) pack_on_device(packed, b, 0, 2);
+        Quantised act = quantised(r, tokens, k, r.below(4) == 0);
+        Buffer<float> sx(act.sx);
+        Buffer<int8_t> q(act.q);
+        Buffer<int> qsum(act.qsum);
+        int ld = rows + r.below(3);
+        std::vector<float> before = normals(r, size_t(tokens) * ld);
+        Buffer<float> out(before);
+        GemmParams p{};
+        p.weights = reinterpret_cast<const uint4*>(packed.ptr());
+        p.q = q.ptr(), p.sx = sx.ptr(), p.qsum = qsum.ptr(), p.out = out.ptr();
+        p.scales = make_scales(r, rows, gated);
+        p.tokens = tokens, p.n = rows, p.k = k, p.ld_out = ld, p.activation = activation;
+        auto kernel = wide ? (epilogue == 0 ? bitnet_gemm_128 : epilogue == 1 ? bitnet_gemm_residual_128 : bitnet_gemm_gated_128)
+                           : (epilogue == 0 ? bitnet_gemm_64 : epilogue == 1 ? bitnet_gemm_residual_64 : bitnet_gemm_gated_64);
+        unsigned span = wide ? 128 : 64;
+        LAUNCH(kernel, Grid(unsigned(row_tiles + 7) / 8, (unsigned(tokens) + span - 1) / span), 256, size_t(2) * (8192 + span * 256), p);
+        auto got = out.host();
+        check_equal(got, expected(a, b, act, p.scales, epilogue, activation, tokens, ld, before, got), "output");
+    }
+}
+
+}  // namespace
+
+int linear_suites() {
+    int f = 0;
+    f += run_suite("pack", pack_suite);
+    f += run_suite("norm + quantise", norm_suite);
+    f += run_suite("decode gemv", gemv_suite);
+    f += run_suite("prefill gemm", gemm_suite);
+    return f;
+}
