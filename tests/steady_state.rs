@@ -102,15 +102,15 @@ fn a_decode_step_allocates_the_same_at_every_position_and_no_more_than_its_activ
         };
         (0..4).for_each(step);
         OTHERS.store(0, Relaxed);
-        let steps: Vec<_> = (4..model.context()).map(|position| counted(|| step(position))).collect();
+        // The first positions and the last: what grew with the position would show.
+        let positions = (4..36).chain(model.context() - 32..model.context());
+        let steps: Vec<_> = positions.map(|position| counted(|| step(position))).collect();
         let others = OTHERS.load(Relaxed);
         let (count, bytes) = steps[0];
         let context = format!("{name}, {kernel}, {threads} threads");
         println!("{context}: {count} allocations, {bytes} bytes; workers {others} in {} steps", steps.len());
-        for (i, got) in steps.iter().enumerate() {
-            assert_eq!(*got, (count, bytes), "{context}: (allocations, bytes) at position {}", i + 4);
-        }
-        assert!(others < steps.len() / 8, "{context}: {others} allocations of workers in {} steps", steps.len());
+        assert!(steps.iter().all(|s| *s == steps[0]), "{context}: (allocations, bytes) of each step: {steps:?}");
+        assert!(others < steps.len() / 2, "{context}: {others} allocations of workers in {} steps", steps.len());
         let layers = model.config().num_layers;
         // Measured: 20 + 45 a layer.
         assert!(count <= 20 + 45 * layers, "{context}: {count} allocations for {layers} layers");
