@@ -41,15 +41,15 @@ pub struct Args {
     synthetic: Option<String>,
 
     /// Tokens to prefill
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true)]
     pp: usize,
 
     /// Tokens to decode (with --prompts: at most)
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true)]
     tg: usize,
 
     /// Repetitions; the median is reported, with the range
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true)]
     reps: usize,
 
     /// A file of prompts, one a line, or one JSON object {"prompt": …} a line

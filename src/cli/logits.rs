@@ -35,7 +35,7 @@ pub struct Args {
     output: PathBuf,
 
     /// Also decode N tokens greedily
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     greedy: Option<usize>,
 }
 

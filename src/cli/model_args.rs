@@ -20,11 +20,11 @@ pub struct RunArgs {
     pub kernel: Option<KernelKind>,
 
     /// Threads of the CPU [default: physical cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub threads: Option<usize>,
 
     /// Positions of a sequence [default: the model's, at most 4096]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub context: Option<usize>,
 
     /// Type of the KV cache: f32, bf16 or f16

@@ -11,7 +11,7 @@ use std::time::Duration;
 #[command(next_help_heading = "Generation")]
 pub struct SamplingArgs {
     /// Tokens to generate at most [default: until the model ends or the context is full]
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
     pub max_tokens: Option<usize>,
 
     /// Randomness: 0 takes the most likely token, 1 draws by the model's own probabilities
@@ -23,7 +23,7 @@ pub struct SamplingArgs {
     pub greedy: bool,
 
     /// Draw only from the K most likely tokens; 0 draws from all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
 
     /// Draw only from the most likely tokens that together have probability P
@@ -51,7 +51,7 @@ pub struct SamplingArgs {
     pub logit_bias: Vec<(u32, f32)>,
 
     /// Draw the same tokens again
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub seed: Option<u64>,
 
     /// End where the answer contains TEXT. Can be repeated

@@ -31,11 +31,11 @@ pub struct Args {
     pub out: PathBuf,
 
     /// Seed of the weights
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
 
     /// Decoder layers, instead of the preset's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub layers: Option<usize>,
 }
 

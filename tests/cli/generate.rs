@@ -118,6 +118,8 @@ fn bad_usage_is_exit_2_and_says_what_is_accepted() {
         (&["--context", "0"], &["--context", "between 1 and 512"]),
         (&["--context", "513"], &["--context", "between 1 and 512"]),
         (&["--timeout", "0"], &["--timeout"]),
+        (&["--seed", "-1"], &["--seed", "'-1'"]),
+        (&["--threads", "-1"], &["--threads", "'-1'"]),
         (&["--stop", ""], &["stop"]),
         (&["--file", "x"], &["--prompt", "--file"]),
     ];
