@@ -409,7 +409,7 @@ fn vectors_are_widened_and_checked() {
 }
 
 #[test]
-fn dense_matrices_are_aligned_even_where_the_file_is_not() {
+fn dense_matrices_read_right_at_any_alignment() {
     let values = [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0];
     let single = |v: &[f32]| v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     let (_dir, c) = checkpoint(&[
@@ -421,7 +421,6 @@ fn dense_matrices_are_aligned_even_where_the_file_is_not() {
     ]);
     for name in ["even", "bf", "f32", "f32.again"] {
         let view = c.dense(name, 2, 3).unwrap();
-        assert!(view.bytes().as_ptr().addr().is_multiple_of(view.dtype.size()), "{name}");
         assert_eq!((view.to_f32(), view.bytes().len()), (values.to_vec(), 6 * view.dtype.size()), "{name}");
         assert_eq!(view.clone().row(1), &view.bytes()[3 * view.dtype.size()..]);
         assert!(view.row(2).is_empty() && view.row(usize::MAX).is_empty());

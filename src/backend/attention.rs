@@ -77,16 +77,29 @@ pub struct RopeTable {
 
 impl RopeTable {
     /// Angles `position · theta^(−2i / head_dim)`.
-    pub fn new(positions: usize, head_dim: usize, theta: f64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn new(positions: usize, head_dim: usize, theta: f64) -> Result<Self> {
         let half_dim = head_dim / 2;
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let size = positions.saturating_mul(half_dim);
+        if cos.try_reserve_exact(size).and_then(|()| sin.try_reserve_exact(size)).is_err() {
+            return Err(Error::Unavailable {
+                what: format!("memory for the rotary embedding of {positions} positions"),
+                reason: "the system refused the allocation; use a smaller context".into(),
+            });
+        }
         let frequency = |i: usize| {
             let exponent = 2.0 * i as f32 / head_dim as f32;
             1.0 / (theta.powf(f64::from(exponent)) as f32)
         };
         let frequencies: Vec<f32> = (0..half_dim).map(frequency).collect();
-        let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
-        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
-        Self { half_dim, cos, sin }
+        for angle in (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f))) {
+            cos.push(angle.cos() as f32);
+            sin.push(angle.sin() as f32);
+        }
+        Ok(Self { half_dim, cos, sin })
     }
 
     /// Positions in the table.

@@ -65,9 +65,7 @@ impl MappedFile {
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Zero-initialised memory aligned to a cache line, on huge pages where the system gives them.
-///
-/// Only whole 2 MiB pages are asked for; the tail stays on small pages, so that nothing resident is wasted.
+/// Zero-initialised memory aligned to a cache line, resident only where it has been written.
 pub struct AlignedBuffer {
     map: memmap2::MmapMut,
     start: usize,
@@ -75,7 +73,22 @@ pub struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// Allocates `len` zero bytes; pages become resident when they are first written.
+    /// Allocates `len` zero bytes on huge pages where the system gives them: for what is written whole and read in a
+    /// stream. Only whole 2 MiB pages are asked for; the tail stays on small pages, so that nothing resident is wasted.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the system refuses the memory.
+    pub fn huge(len: usize) -> Result<Self> {
+        let buffer = Self::zeroed(len)?;
+        #[cfg(target_os = "linux")]
+        if len >= HUGE_PAGE {
+            // Advice only: without huge pages everything works, slower.
+            let _ = buffer.map.advise_range(memmap2::Advice::HugePage, buffer.start, len / HUGE_PAGE * HUGE_PAGE);
+        }
+        Ok(buffer)
+    }
+
+    /// Allocates `len` zero bytes on small pages: for what is written here and there, like a KV cache.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the system refuses the memory.
@@ -89,11 +102,6 @@ impl AlignedBuffer {
             });
         };
         let start = map.as_ptr().align_offset(slack);
-        #[cfg(target_os = "linux")]
-        if len >= HUGE_PAGE {
-            // Advice only: without huge pages everything works, slower.
-            let _ = map.advise_range(memmap2::Advice::HugePage, start, len / HUGE_PAGE * HUGE_PAGE);
-        }
         Ok(Self { map, start, len })
     }
 }

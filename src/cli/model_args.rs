@@ -4,19 +4,28 @@ use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::hub::HubOptions;
-use candle_bitnet::{BitNet, DeviceChoice, LoadOptions, LoadedDecoder, select_device};
+use candle_bitnet::{BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
 use std::io::IsTerminal;
+use std::str::FromStr;
+
+/// Parses a flag's value; clap names the flag, so the error is the reason alone.
+fn parse<T: FromStr<Err = Error>>(value: &str) -> Result<T, String> {
+    value.parse().map_err(|e| match e {
+        Error::Request { reason, .. } => reason,
+        other => other.to_string(),
+    })
+}
 
 /// How to run a model.
 #[derive(Debug, Clone, Args)]
 pub struct RunArgs {
     /// Device: auto, cpu, cuda[:N] or metal[:N]
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse::<DeviceChoice>)]
     pub device: DeviceChoice,
 
     /// Ternary kernel of the CPU instead of the fastest [generic, avx2, avx-vnni, avx512-vnni, neon, neon-dotprod]
-    #[arg(long, value_name = "KERNEL")]
+    #[arg(long, value_name = "KERNEL", value_parser = parse::<KernelKind>)]
     pub kernel: Option<KernelKind>,
 
     /// Threads of the CPU [default: physical cores]
@@ -28,7 +37,7 @@ pub struct RunArgs {
     pub context: Option<usize>,
 
     /// Type of the KV cache: f32, bf16 or f16
-    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse::<DenseType>)]
     pub kv_type: DenseType,
 }
 

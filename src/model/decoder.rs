@@ -109,7 +109,7 @@ impl Decoder {
             progress(index + 1);
         }
         Ok(Self {
-            rope: RopeTable::new(context, config.head_dim, config.rope_theta),
+            rope: RopeTable::new(context, config.head_dim, config.rope_theta)?,
             gate: match config.activation {
                 Activation::Relu2 => Gate::Relu2,
                 Activation::Silu => Gate::Silu,

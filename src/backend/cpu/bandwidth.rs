@@ -66,7 +66,7 @@ pub fn read_bandwidth(cpu: &Cpu, regions: &[&[u8]], time: Duration) -> f64 {
 /// # Errors
 /// [`crate::Error::Unavailable`] if memory is short.
 pub fn bandwidth_buffer(cpu: &Cpu, bytes: usize) -> Result<AlignedBuffer> {
-    let mut buffer = AlignedBuffer::zeroed(bytes)?;
+    let mut buffer = AlignedBuffer::huge(bytes)?;
     cpu.pool.for_each_chunk(&mut buffer, TASK, |i, chunk| chunk.fill(i as u8));
     Ok(buffer)
 }

@@ -58,7 +58,7 @@ impl CpuDense {
     /// # Errors
     /// [`Error::Shape`] if the size overflows, [`Error::Unavailable`] if memory is short.
     pub fn owned(dtype: DenseType, rows: usize, cols: usize, fill: impl FnOnce(&mut [u8])) -> Result<Self> {
-        let mut buffer = AlignedBuffer::zeroed(checked_size(dtype, rows, cols)?)?;
+        let mut buffer = AlignedBuffer::huge(checked_size(dtype, rows, cols)?)?;
         fill(&mut buffer);
         Ok(Self { dtype, rows, cols, bytes: Bytes::Owned(buffer) })
     }

@@ -75,7 +75,7 @@ impl CpuTernary {
             tiles += w.rows().div_ceil(TILE_ROWS);
         }
         let tile_bytes = cols.div_ceil(LINE_COLS) * LINE_BYTES;
-        let mut data = AlignedBuffer::zeroed(tiles * tile_bytes)?;
+        let mut data = AlignedBuffer::huge(tiles * tile_bytes)?;
         let owner = |tile: usize| segments.partition_point(|s| s.first_tile <= tile) - 1;
         pool.for_each_chunk(&mut data, tile_bytes, |tile, out| {
             let segment = owner(tile);
