@@ -85,7 +85,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `task(0) … task(tasks - 1)`, each once, on all threads; returns when all are done.
+    /// Calls `task(0) … task(tasks - 1)`, each once, on all threads; returns when all are done. Operations of several
+    /// callers wait for each other, so a task must not start one on its own pool.
     ///
     /// # Panics
     /// Passes on a panic of a task, after all threads have left the operation.
