@@ -41,6 +41,12 @@ pub(super) fn round_small(x: f32) -> f32 {
     (x + ROUND) - ROUND
 }
 
+/// [`round_small`] as an integer, from the low bits of the sum: a conversion that saturates costs several instructions.
+#[inline(always)]
+pub(super) fn round_to_int(x: f32) -> i32 {
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
+}
+
 /// e^x to about one unit in the last place; 0 below −87.3, e^88 above 88. Exactly 1 at 0.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
@@ -52,7 +58,8 @@ pub(super) fn exp(x: f32) -> f32 {
         * r
         + 0.5;
     let e = p * (r * r) + r + 1.0;
-    let scaled = e * f32::from_bits(((n as i32 + 127) << 23) as u32);
+    let power = (round_to_int(clamped * std::f32::consts::LOG2_E) + 127) << 23;
+    let scaled = e * f32::from_bits(power as u32);
     if x < -87.3 { 0.0 } else { scaled }
 }
 
@@ -138,6 +145,7 @@ mod tests {
     fn rounding_is_to_even() {
         for x in [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 0.499_999_97, -126.5, 3.7] {
             assert_eq!(round_small(x), x.round_ties_even(), "{x}");
+            assert_eq!(round_to_int(x), x.round_ties_even() as i32, "{x}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! RMSNorm, the gated activations, and their fusion with the activation quantiser.
 
 use super::isa::per_isa;
-use super::lanes::{LANES, exp, round_small, sum_lanes};
+use super::lanes::{LANES, exp, round_to_int, sum_lanes};
 use crate::backend::activation::{padded_cols, write_trailer};
 use crate::ternary::{ACTIVATION_MAX, MIN_ABSMAX};
 
@@ -54,8 +54,11 @@ fn quantize_row(x: &[f32], row: &mut [u8]) {
     let scale = ACTIVATION_MAX / absmax(x).max(MIN_ABSMAX);
     let mut sum = 0i32;
     for (q, x) in codes.iter_mut().zip(x) {
-        // NaN becomes 0 and infinity makes every finite value 0: the head then reports what the logits show.
-        let v = round_small((x * scale).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)) as i32;
+        // By comparisons that NaN fails, so that it becomes a code like any other: the residual stream still holds it,
+        // and the sampler reports it.
+        let v = x * scale;
+        let v = if v > -ACTIVATION_MAX { v } else { -ACTIVATION_MAX };
+        let v = round_to_int(if v < ACTIVATION_MAX { v } else { ACTIVATION_MAX });
         sum += v;
         *q = v as u8;
     }

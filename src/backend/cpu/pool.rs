@@ -1,7 +1,8 @@
 //! A thread pool with a short hand-over: workers spin briefly for the next operation, then park.
 //!
-//! One dispatch per operation. Tasks are claimed one by one, so a core that is taken away for a moment delays
-//! one task and not the operation; a worker that wakes late finds the operation closed and touches nothing.
+//! One dispatch per operation. Every thread has its own run of tasks and claims them one by one, in order, so that it
+//! reads one stream; when it has none left it takes over those of others. So a core that is taken away for a moment
+//! delays one task and not the operation. A worker that wakes late finds the operation closed and touches nothing.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -25,10 +26,20 @@ struct Shared {
     /// The current operation's closure; only read by workers counted in `state`.
     task: Mutex<Option<&'static Task<'static>>>,
     tasks: AtomicUsize,
-    next: AtomicUsize,
+    /// The next task of each thread's run.
+    next: Vec<Padded>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     spin: Duration,
+}
+
+/// A counter with a cache line of its own.
+#[repr(align(64))]
+struct Padded(AtomicUsize);
+
+/// The run of thread `i` of `n`.
+fn run_of(i: usize, n: usize, tasks: usize) -> std::ops::Range<usize> {
+    i * tasks / n..(i + 1) * tasks / n
 }
 
 struct Worker {
@@ -62,7 +73,7 @@ impl Pool {
             state: AtomicU64::new(0),
             task: Mutex::new(None),
             tasks: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..threads.max(1)).map(|_| Padded(AtomicUsize::new(0))).collect(),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
             // More spinning threads than cores would take the core from the one that has work.
@@ -71,7 +82,7 @@ impl Pool {
         let spawn = |i| {
             let (shared, sleeping) = (Arc::clone(&shared), Arc::new(AtomicBool::new(false)));
             let flag = Arc::clone(&sleeping);
-            let body = move || shared.work(&flag);
+            let body = move || shared.work(i, &flag);
             // A system that refuses threads leaves a smaller pool, which is slower and right.
             let handle = std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(body).ok()?;
             Some(Worker { thread: handle.thread().clone(), sleeping, handle: Some(handle) })
@@ -101,7 +112,9 @@ impl Pool {
         let shared = &*self.shared;
         *lock(&shared.task) = Some(erased);
         shared.tasks.store(tasks, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        for (i, next) in shared.next.iter().enumerate() {
+            next.0.store(run_of(i, shared.next.len(), tasks).start, Ordering::Relaxed);
+        }
         let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
         shared.state.store(number << 32 | OPEN, Ordering::SeqCst);
         for worker in &self.workers {
@@ -109,7 +122,7 @@ impl Pool {
                 worker.thread.unpark();
             }
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(tasks, task)));
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.claim(0, tasks, task)));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0u32;
         while shared.state.load(Ordering::Acquire) & COUNT != 0 {
@@ -138,17 +151,22 @@ impl Pool {
 }
 
 impl Shared {
-    fn claim(&self, tasks: usize, task: &Task<'_>) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return;
+    /// Runs tasks until none is left, first those of thread `me`.
+    fn claim(&self, me: usize, tasks: usize, task: &Task<'_>) {
+        let n = self.next.len();
+        for owner in (0..n).map(|i| (me + i) % n) {
+            let end = run_of(owner, n, tasks).end;
+            loop {
+                let i = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
+                if i >= end {
+                    break;
+                }
+                task(i);
             }
-            task(i);
         }
     }
 
-    fn work(&self, sleeping: &AtomicBool) {
+    fn work(&self, me: usize, sleeping: &AtomicBool) {
         let mut seen = 0;
         while let Some(state) = self.wait(seen, sleeping) {
             seen = state >> 32;
@@ -164,7 +182,7 @@ impl Shared {
             let task = *lock(&self.task);
             if let Some(task) = task {
                 let tasks = self.tasks.load(Ordering::Relaxed);
-                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.claim(tasks, task))) {
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.claim(me, tasks, task))) {
                     *lock(&self.panic) = Some(payload);
                 }
             }
