@@ -25,7 +25,7 @@ pub trait TernaryKernel: Send + Sync + std::fmt::Debug {
     /// `tiles` holds `sums.len() / 16 · groups` lines, `q` at least `16 · groups` codes.
     fn gemv(&self, tiles: &[u8], groups: usize, q: &[i8], sums: &mut [i32]);
 
-    /// Prefill: whole tiles times `tokens` ≤ [`MAX_TOKENS`] tokens; `sums` is `[tile][token][16]`.
+    /// Prefill: whole tiles times `tokens` ≤ 12 tokens; `sums` is `[tile][token][16]`.
     ///
     /// `panel` holds `[4 · groups][tokens]` words of four consecutive codes of a token each.
     fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]);
