@@ -123,6 +123,9 @@ pub enum Error {
         /// Positions the KV cache or the model has.
         available: usize,
     },
+    /// Logits that no token can be chosen from.
+    #[error("{0}: the checkpoint is damaged, or a logit bias is out of all proportion")]
+    Logits(String),
     /// An error of candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -283,7 +283,7 @@ fn argmax(scores: &[f32]) -> Result<(u32, f32)> {
     let (max, nan) = largest(scores);
     let bad = |what: &str, token: Option<usize>| {
         let token = token.map(|t| format!("the logit of token {t} is {what}")).unwrap_or_else(|| what.into());
-        Error::request("logits", format!("{token}; the model's weights or the logit bias are not sound"))
+        Error::Logits(token)
     };
     if nan {
         return Err(bad("NaN", scores.iter().position(|s| s.is_nan())));
