@@ -89,7 +89,7 @@ impl Sampler {
     /// Draws a token by `logits` (`[vocab]`). Of equal largest logits, greedy takes the lowest id.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `logits` has another length, [`Error::Request`] naming the token if a logit is NaN or +∞, or
+    /// [`Error::Shape`] if `logits` has another length, [`Error::Logits`] naming the token if a logit is NaN or +∞, or
     /// if no token is possible.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled> {
         let token = match self.support(logits)? {
