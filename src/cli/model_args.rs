@@ -6,8 +6,10 @@ use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::{BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 /// Parses a flag's value; clap names the flag, so the error is the reason alone.
 fn parse<T: FromStr<Err = Error>>(value: &str) -> Result<T, String> {
@@ -45,11 +47,25 @@ impl RunArgs {
     /// Options for loading, without a hub.
     pub fn options(&self) -> Result<LoadOptions> {
         let device = select_device(self.device)?;
-        Ok(LoadOptions::new(&device)
+        let options = LoadOptions::new(&device)
             .kernel(self.kernel)
             .threads(self.threads)
             .context(self.context)
-            .kv_dtype(self.kv_type))
+            .kv_dtype(self.kv_type);
+        Ok(if std::io::stderr().is_terminal() { options.on_progress(show_progress) } else { options })
+    }
+}
+
+/// A bar of the layers that are loaded; gone when all are.
+fn show_progress(done: usize, layers: usize) {
+    static BAR: LazyLock<ProgressBar> = LazyLock::new(|| {
+        let style = ProgressStyle::with_template("loading {bar:30} layer {pos} of {len}");
+        ProgressBar::no_length().with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    });
+    BAR.set_length(layers as u64);
+    BAR.set_position(done as u64);
+    if done == layers {
+        BAR.finish_and_clear();
     }
 }
 
