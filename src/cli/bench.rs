@@ -3,12 +3,13 @@
 mod prompts;
 mod spread;
 
+use super::greedy_sampler;
 use super::model_args::{HubArgs, RunArgs};
 use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::cpu::read_bandwidth;
 use candle_bitnet::backend::host;
-use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
+use candle_bitnet::generate::Sampler;
 use candle_bitnet::model::config::MAX_POSITIONS;
 use candle_bitnet::model::{Decoder, Logits, Sequence};
 use candle_bitnet::nn::KvCache;
@@ -141,8 +142,7 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
     let weights = decoder.host_weights();
     let cache = decoder.kv_cache(loaded.kv_dtype, 1)?;
     let vocab = decoder.config().vocab_size;
-    let greedy = GenerateOptions::default().greedy().resolve(&GenerationDefaults::default(), vocab)?;
-    let mut sampler = Sampler::new(&greedy.sampling, vocab);
+    let mut sampler = greedy_sampler(vocab)?;
     let mut repetition = |pp: usize, tg: usize| one_repetition(decoder, &cache, &mut sampler, pp, tg);
     repetition(args.pp.min(16), args.tg.min(4))?;
     let (mut prefill, mut decode, mut read, mut resident) = (Vec::new(), Vec::new(), Vec::new(), None);

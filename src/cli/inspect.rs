@@ -2,13 +2,13 @@
 
 mod report;
 
+use super::model_args::HubArgs;
 use super::print;
 use anyhow::Result;
 use candle_bitnet::checkpoint::Checkpoint;
-use candle_bitnet::checkpoint::hub::{HubOptions, resolve};
+use candle_bitnet::checkpoint::hub::resolve;
 use clap::Args as ClapArgs;
 use report::Report;
-use std::io::IsTerminal;
 
 /// Show what a checkpoint holds and what it will occupy
 #[derive(Debug, Clone, ClapArgs)]
@@ -29,26 +29,14 @@ pub struct Args {
     #[arg(long)]
     pub tensors: bool,
 
-    /// Use only what the hub's cache holds
-    #[arg(long)]
-    pub offline: bool,
-
-    /// Branch, tag or commit on the hub
-    #[arg(long, value_name = "REVISION")]
-    pub revision: Option<String>,
+    #[command(flatten)]
+    pub hub: HubArgs,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let env = HubOptions::from_env();
-    let options = HubOptions {
-        revision: args.revision,
-        offline: args.offline || env.offline,
-        progress: std::io::stderr().is_terminal(),
-        ..env
-    };
     let model = args.model.or(args.model_flag).unwrap_or_default();
-    let checkpoint = Checkpoint::open(&resolve(&model, &options)?)?;
+    let checkpoint = Checkpoint::open(&resolve(&model, &args.hub.options())?)?;
     let report = Report::of(&checkpoint, args.tensors)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report)?,

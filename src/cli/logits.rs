@@ -1,5 +1,6 @@
 //! `bitnet logits`: the logits of given token ids, for comparison with other programs.
 
+use super::greedy_sampler;
 use super::model_args::ModelArgs;
 use anyhow::{Context, Result, bail};
 use candle_bitnet::Error;
@@ -120,17 +121,15 @@ fn all_logits(decoder: &Decoder, cache: &KvCache, ids: &[u32]) -> Result<Vec<f32
 }
 
 fn greedy(decoder: &Decoder, cache: &KvCache, ids: &[u32], count: usize) -> Result<Vec<u32>> {
+    let mut sampler = greedy_sampler(decoder.config().vocab_size)?;
     let (mut position, mut next, mut tokens) = (0, ids.to_vec(), Vec::new());
     for _ in 0..count {
         let sequence = Sequence { slot: 0, position, tokens: &next };
         let logits = decoder.forward(&[sequence], cache, Logits::Last)?.flatten_all()?.to_vec1::<f32>()?;
         position += next.len();
-        let best = (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-        if !logits[best].is_finite() {
-            bail!("the logits are not finite: the checkpoint is damaged");
-        }
-        next = vec![best as u32];
-        tokens.push(best as u32);
+        let token = sampler.sample(&logits)?.token;
+        next = vec![token];
+        tokens.push(token);
     }
     Ok(tokens)
 }

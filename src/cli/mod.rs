@@ -15,6 +15,7 @@ mod sampling_args;
 pub mod synth;
 
 use anyhow::Context;
+use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
 use clap::{Parser, Subcommand};
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -54,6 +55,12 @@ impl Command {
             Self::Completions(args) => completions::run(args),
         }
     }
+}
+
+/// A sampler that takes the most likely token, whatever a checkpoint recommends.
+fn greedy_sampler(vocab: usize) -> candle_bitnet::Result<Sampler> {
+    let params = GenerateOptions::default().greedy().resolve(&GenerationDefaults::default(), vocab)?;
+    Ok(Sampler::new(&params.sampling, vocab))
 }
 
 /// Prints a command's result, ended by one line break. A closed pipe is a quiet end: `bitnet doctor | head` is no
