@@ -126,6 +126,9 @@ pub enum Error {
     /// Logits that no token can be chosen from.
     #[error("{0}: the checkpoint is damaged, or a logit bias is out of all proportion")]
     Logits(String),
+    /// A training run that cannot go on.
+    #[error("training: {0}")]
+    Training(String),
     /// An error of candle itself.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

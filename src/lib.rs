@@ -31,6 +31,7 @@ pub mod nn;
 pub mod ops;
 pub mod ternary;
 pub mod text;
+pub mod train;
 
 pub use backend::{DeviceChoice, select_device};
 pub use bitnet::{BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};

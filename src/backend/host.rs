@@ -190,3 +190,21 @@ pub fn cpu_name() -> Option<String> {
     let line = text.lines().find(|l| l.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())
 }
+
+/// Makes candle's own operations run on the thread that calls them, for programs that keep every core busy with
+/// threads of their own, as training does: candle's pool would make them wait for each other. Must come before candle
+/// is first used and before the program has more than one thread; otherwise nothing changes and the answer is false.
+/// `CANDLE_NUM_THREADS=1` in the environment does the same.
+pub fn keep_candle_on_the_calling_thread() -> bool {
+    const NAME: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(NAME).is_some() {
+        return true;
+    }
+    let alone = cfg!(windows) || std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1);
+    if alone {
+        // SAFETY: no other thread exists that could read the environment meanwhile: the system lists one thread, the
+        // caller. On Windows changing the environment is always safe.
+        unsafe { std::env::set_var(NAME, "1") };
+    }
+    alone
+}

@@ -13,6 +13,8 @@ pub mod logits;
 mod model_args;
 mod sampling_args;
 pub mod synth;
+pub mod train;
+mod train_progress;
 
 use anyhow::Context;
 use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
@@ -38,6 +40,7 @@ pub enum Command {
     Doctor(doctor::Args),
     Logits(logits::Args),
     Synth(synth::Args),
+    Train(train::Args),
     Completions(completions::Args),
 }
 
@@ -52,6 +55,7 @@ impl Command {
             Self::Doctor(args) => doctor::run(args),
             Self::Logits(args) => logits::run(args),
             Self::Synth(args) => synth::run(args),
+            Self::Train(args) => train::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }

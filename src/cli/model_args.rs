@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::sync::LazyLock;
 
 /// Parses a flag's value; clap names the flag, so the error is the reason alone.
-fn parse<T: FromStr<Err = Error>>(value: &str) -> Result<T, String> {
+pub fn parse<T: FromStr<Err = Error>>(value: &str) -> Result<T, String> {
     value.parse().map_err(|e| match e {
         Error::Request { reason, .. } => reason,
         other => other.to_string(),

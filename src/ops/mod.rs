@@ -6,6 +6,7 @@
 
 mod attention;
 mod dense;
+pub mod grad;
 mod linear;
 mod norm;
 mod quantize;
@@ -20,7 +21,7 @@ use crate::backend::not_built;
 use candle_core::{CpuStorage, Layout, Result, WithDType};
 
 /// The elements of a contiguous CPU operand.
-fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+pub(crate) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let values = storage.as_slice::<T>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&values[start..end]),

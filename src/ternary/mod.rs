@@ -9,7 +9,7 @@ mod hf;
 mod packed;
 
 pub use activation::{ACTIVATION_MAX, MIN_ABSMAX, quantize_activations, round_half_even};
-pub use packed::{CODES_PER_BYTE, PackedTernary, Scale};
+pub use packed::{CODES_PER_BYTE, PackedTernary, Scale, absmean_scale};
 
 /// Transposes the 4×4 matrix of 2-bit elements held in `x` (byte = row, bit pair = column).
 ///

@@ -133,7 +133,7 @@ impl PackedTernary {
         if !mean.is_finite() {
             return Err(shape_error("the weights hold NaN or infinite values".into()));
         }
-        let s = 1.0 / mean.max(1e-5);
+        let s = scale_of_mean(mean);
         let code = |v: &f32| (super::round_half_even(v * s).clamp(-1.0, 1.0) as i8 + 1) as u8;
         let codes = values
             .chunks_exact(cols)
@@ -200,8 +200,17 @@ impl PackedTernary {
     }
 }
 
-/// `mean|x|` in f32, as torch computes it to within an ulp or two: pairwise over fixed blocks, so that the
-/// result does not depend on threads or vector width.
+/// The absmean scale `s = 1 / max(mean|W|, 1e-5)` of a master weight (BitNet b1.58, eq. 2–3); `1 / s` is the multiplier.
+pub fn absmean_scale(values: &[f32]) -> f32 {
+    scale_of_mean(mean_abs(values))
+}
+
+fn scale_of_mean(mean: f32) -> f32 {
+    1.0 / mean.max(1e-5)
+}
+
+/// `mean|x|` in f32, as torch computes it to within an ulp or two: over fixed blocks in f64, so that the result does
+/// not depend on threads or vector width.
 fn mean_abs(values: &[f32]) -> f32 {
     const BLOCK: usize = 4096;
     // f64 partial sums are exact to far below an f32 ulp for any matrix that fits in memory.

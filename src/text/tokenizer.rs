@@ -109,6 +109,14 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
+    /// The text of its `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Text`] if the library cannot write it.
+    pub fn to_json(&self) -> Result<String> {
+        self.shared.inner.to_string(true).map_err(|e| self.error(format!("cannot be written: {e}")))
+    }
+
     /// Token ids of `text`. Special tokens spelt out in the text become their ids; `add_special` adds those that the
     /// tokenizer puts around every text, such as BOS.
     ///

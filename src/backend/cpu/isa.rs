@@ -38,6 +38,15 @@ impl Isa {
         has.then_some(Self(Level::Avx512))
     }
 
+    /// The widest that this CPU has.
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let wide = Self::avx512().or_else(Self::avx2);
+        #[cfg(not(target_arch = "x86_64"))]
+        let wide = None;
+        wide.unwrap_or_else(Self::portable)
+    }
+
     /// The widths that this CPU has.
     #[cfg(test)]
     pub fn available() -> Vec<Self> {

@@ -3,6 +3,7 @@
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 mod attention;
+pub mod autograd;
 mod bandwidth;
 mod dense;
 mod generic;

@@ -16,7 +16,7 @@ pub enum Gate {
 
 /// `1 / sqrt(mean(x²) + eps)`, in one fixed order of sums.
 #[inline(always)]
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+pub(super) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     let (chunks, tail) = x.as_chunks::<LANES>();
     let mut acc = [0f32; LANES];
     for c in chunks {
@@ -31,7 +31,7 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 }
 
 #[inline(always)]
-fn absmax(x: &[f32]) -> f32 {
+pub(super) fn absmax(x: &[f32]) -> f32 {
     let (chunks, tail) = x.as_chunks::<LANES>();
     let mut acc = [0f32; LANES];
     for c in chunks {

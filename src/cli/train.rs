@@ -1,0 +1,341 @@
+//! `bitnet train`: a b1.58 model from scratch, from a text file.
+
+use super::print;
+use super::train_progress::{TrainingDisplay, device_and_threads};
+use anyhow::Result;
+use candle_bitnet::DeviceChoice;
+use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
+use candle_bitnet::train::scratch::{MASTERS, Scratch, Summary};
+use candle_bitnet::train::{Blocks, Masters, Outcome, Recipe, Schedule};
+use clap::{Args as ClapArgs, ValueEnum};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Train a b1.58 model from scratch on a text
+///
+/// The directory gets recipe.toml, the tokenizer, metrics.jsonl, curve.svg, state.safetensors to resume from, and masters/:
+/// a checkpoint of the best parameters by validation, ready for generate, perplexity and convert.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Args {
+    /// Text file, or .jsonl with one {"text": "..."} a line
+    #[arg(value_name = "TEXT")]
+    pub text: PathBuf,
+
+    /// Directory of the run; must not hold one yet, unless --resume is given
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Go on with the run in --out from its last saved state
+    #[arg(long, conflicts_with_all = RECIPE_FLAGS)]
+    pub resume: bool,
+
+    /// Recipe (TOML); flags override what it says
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Device: auto, cpu, cuda[:N] or metal[:N]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::model_args::parse::<DeviceChoice>)]
+    pub device: DeviceChoice,
+
+    /// Threads of the CPU, each with a micro-batch of its own; the result does not depend on it [default: physical cores]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub threads: Option<usize>,
+
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    recipe: RecipeArgs,
+}
+
+/// Flags that change a recipe, and so cannot stand beside --resume.
+const RECIPE_FLAGS: [&str; 30] = [
+    "config",
+    "blocks",
+    "hidden",
+    "intermediate",
+    "layers",
+    "heads",
+    "kv_heads",
+    "vocab",
+    "length",
+    "untied",
+    "masters",
+    "steps",
+    "batch",
+    "micro_batch",
+    "validation",
+    "lr",
+    "warmup",
+    "schedule",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "clip",
+    "dropout",
+    "lambda_warmup",
+    "dense",
+    "eval_every",
+    "save_every",
+    "patience",
+    "seed",
+    "rope_theta",
+];
+
+/// The recipe's settings as flags.
+#[derive(Debug, Clone, ClapArgs)]
+struct RecipeArgs {
+    /// Blocks: bitnet (sub-norms, relu²) or llama (SiLU)
+    #[arg(long, value_name = "KIND", value_enum, help_heading = "Model")]
+    blocks: Option<BlocksArg>,
+    /// Width of the residual stream [default: 256]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    hidden: Option<usize>,
+    /// Width of the MLP [default: 688]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    intermediate: Option<usize>,
+    /// Decoder layers [default: 6]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    layers: Option<usize>,
+    /// Query heads [default: 4]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    heads: Option<usize>,
+    /// Key and value heads [default: as many as query heads]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    kv_heads: Option<usize>,
+    /// Vocabulary of the tokenizer that is learnt [default: 2048]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    vocab: Option<usize>,
+    /// Positions of the model, and tokens of a training sequence [default: 256]
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    length: Option<usize>,
+    /// An output head of its own instead of the embedding
+    #[arg(long, help_heading = "Model")]
+    untied: bool,
+    /// Base of the rotary embedding [default: 10000]
+    #[arg(long, value_name = "X", help_heading = "Model")]
+    rope_theta: Option<f64>,
+    /// Type of the master weights: f32 or bf16 (half the memory, updates rounded stochastically) [default: f32]
+    #[arg(long, value_name = "TYPE", value_enum, help_heading = "Model")]
+    masters: Option<MastersArg>,
+    /// Train without any quantisation: the dense twin
+    #[arg(long, help_heading = "Model")]
+    dense: bool,
+
+    /// Optimiser steps [default: 1000]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    steps: Option<u64>,
+    /// Sequences of a step [default: 16]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    batch: Option<usize>,
+    /// Sequences that a thread computes at a time; gradients are accumulated over them [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    micro_batch: Option<usize>,
+    /// Part of the text that is set apart for validation [default: 0.02]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    validation: Option<f64>,
+    /// Peak of the learning rate [default: 0.002]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    lr: Option<f64>,
+    /// Steps over which the learning rate rises [default: 100]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    warmup: Option<u64>,
+    /// Schedule: two-stage (as the b1.58 papers) or cosine [default: two-stage]
+    #[arg(long, value_name = "KIND", value_enum, help_heading = "Training")]
+    schedule: Option<ScheduleArg>,
+    /// Weight decay of the masters [default: 0.1]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    weight_decay: Option<f64>,
+    /// AdamW's first decay [default: 0.9]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    beta1: Option<f64>,
+    /// AdamW's second decay [default: 0.95]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    beta2: Option<f64>,
+    /// Largest norm of the gradient [default: 1]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    clip: Option<f64>,
+    /// Dropout of the embedding and of every layer's two outputs [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    dropout: Option<f32>,
+    /// Steps over which the quantisers are mixed in [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    lambda_warmup: Option<u64>,
+    /// Steps between validations; 0: only at the end [default: 100]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    eval_every: Option<u64>,
+    /// Steps between saved states: what a killed run can lose; 0: only at the end [default: 100]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    save_every: Option<u64>,
+    /// Stop after this many validations without improvement; 0: never [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    patience: Option<u64>,
+    /// Seed of everything random [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    seed: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BlocksArg {
+    Bitnet,
+    Llama,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum MastersArg {
+    F32,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ScheduleArg {
+    TwoStage,
+    Cosine,
+}
+
+fn set<T>(target: &mut T, flag: Option<T>) {
+    flag.into_iter().for_each(|value| *target = value);
+}
+
+impl RecipeArgs {
+    fn apply(&self, recipe: &mut Recipe) {
+        let (m, b, o) = (&mut recipe.model, &mut recipe.batches, &mut recipe.optimization);
+        set(
+            &mut m.blocks,
+            self.blocks.map(|b| match b {
+                BlocksArg::Bitnet => Blocks::Bitnet,
+                BlocksArg::Llama => Blocks::Llama,
+            }),
+        );
+        set(&mut m.hidden, self.hidden);
+        set(&mut m.intermediate, self.intermediate);
+        set(&mut m.layers, self.layers);
+        set(&mut m.heads, self.heads);
+        set(&mut m.kv_heads, self.kv_heads.or(self.heads));
+        set(&mut m.vocab, self.vocab);
+        set(&mut m.context, self.length);
+        m.tied &= !self.untied;
+        set(&mut m.rope_theta, self.rope_theta);
+        set(
+            &mut m.masters,
+            self.masters.map(|m| match m {
+                MastersArg::F32 => Masters::F32,
+                MastersArg::Bf16 => Masters::BF16,
+            }),
+        );
+        o.quantize &= !self.dense;
+        set(&mut o.steps, self.steps);
+        set(&mut b.sequences, self.batch);
+        let micro = b.micro.min(b.sequences.max(1));
+        set(&mut b.micro, self.micro_batch.or(Some(micro)));
+        set(&mut b.validation, self.validation);
+        set(&mut o.lr, self.lr);
+        // A warm-up that nobody asked for must not make a short run impossible.
+        let warmup = o.warmup.min(o.steps);
+        set(&mut o.warmup, self.warmup.or(Some(warmup)));
+        set(
+            &mut o.schedule,
+            self.schedule.map(|s| match s {
+                ScheduleArg::TwoStage => Schedule::TwoStage,
+                ScheduleArg::Cosine => Schedule::Cosine,
+            }),
+        );
+        set(&mut o.weight_decay, self.weight_decay);
+        set(&mut o.beta1, self.beta1);
+        set(&mut o.beta2, self.beta2);
+        set(&mut o.clip, self.clip);
+        set(&mut o.dropout, self.dropout);
+        set(&mut o.lambda_warmup, self.lambda_warmup);
+        set(&mut o.eval_every, self.eval_every);
+        set(&mut o.save_every, self.save_every);
+        set(&mut o.patience, self.patience);
+        set(&mut o.seed, self.seed);
+    }
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<()> {
+    // Before any thread: training keeps every core busy with micro-batches.
+    keep_candle_on_the_calling_thread();
+    let (device, threads) = device_and_threads(args.device, args.threads)?;
+    let run = match args.resume {
+        true => Scratch::resume(&args.text, &args.out)?,
+        false => {
+            let mut recipe = args.config.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
+            args.recipe.apply(&mut recipe);
+            Scratch::start(&args.text, &args.out, &recipe)?
+        }
+    };
+    let o = run.recipe().optimization;
+    let display = TrainingDisplay::start(o.steps)?;
+    display.note(&describe(&run, threads)?);
+    let mut observer = display.observer();
+    let summary = run.run(&device, threads, &mut |event| observer(event))?;
+    display.finish();
+    report(&args, &run, &summary)
+}
+
+/// What is about to be trained.
+fn describe(run: &Scratch, threads: usize) -> Result<String> {
+    let (r, tokens) = (run.recipe(), run.stream().tokens());
+    let per_step = r.batches.sequences * r.model.context;
+    let epochs = r.optimization.steps as f64 * per_step as f64 / tokens as f64;
+    let plural = if threads == 1 { "" } else { "s" };
+    Ok(format!(
+        "{} parameters ({}), {tokens} training tokens; {} steps of {per_step} tokens, {epochs:.1} epochs, {threads} thread{plural}",
+        run.config().parameters(),
+        if r.optimization.quantize { "ternary layers" } else { "dense" },
+        r.optimization.steps,
+    ))
+}
+
+fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
+    let outcome = match s.outcome {
+        Outcome::Finished => "finished",
+        Outcome::Stopped => "stopped: no improvement",
+        Outcome::Interrupted => "interrupted",
+    };
+    let speed = s.tokens as f64 / s.seconds.max(1e-9);
+    // Two operations a weight forward, four backward; the embedding's rows are read, not multiplied.
+    let c = run.config();
+    let embedding = if c.tied_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 };
+    let gflops = 6.0 * (c.parameters() - embedding) as f64 * speed / 1e9;
+    if args.json {
+        return print(
+            &json!({
+                "outcome": outcome,
+                "steps": s.steps,
+                "tokens": s.tokens,
+                "seconds": s.seconds,
+                "tokens_per_second": speed,
+                "gflops": gflops,
+                "skipped_steps": s.skipped,
+                "validation": s.best,
+                "parameters": c.parameters(),
+                "masters": args.out.join(MASTERS),
+            })
+            .to_string(),
+        );
+    }
+    let mut text = format!(
+        "{outcome} after {} steps, {} tokens in {:.0} s: {speed:.0} tokens/s, {gflops:.1} GFLOP/s\n",
+        s.steps, s.tokens, s.seconds
+    );
+    if s.skipped > 0 {
+        text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
+    }
+    if let Some(v) = &s.best {
+        let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"));
+        text += &format!("best validation at step {}: {:.4} nats a token{bits}\n", v.step, v.loss);
+    }
+    let out = args.out.display();
+    text += &match s.outcome {
+        Outcome::Interrupted => format!("go on with: bitnet train {} --out {out} --resume", args.text.display()),
+        _ if run.recipe().optimization.quantize => {
+            format!("try it with: bitnet generate -m {out}/{MASTERS} -p \"...\"")
+        }
+        _ => "a dense model: its masters are there to compare, the ternary kernels would quantise them".into(),
+    };
+    print(&text)
+}

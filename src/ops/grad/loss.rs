@@ -1,0 +1,106 @@
+//! The output head and its cross-entropy as one operation, whose logits exist for a few rows at a time only.
+
+use super::{composed, f32_storage, require_f32, tensor_like, with_values};
+use crate::backend::cpu::autograd::{self, Matrix, matmul};
+use crate::ops::contiguous;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use std::sync::{Mutex, PoisonError};
+
+/// Logits that are held at a time.
+const CHUNK_LOGITS: usize = 1 << 20;
+
+/// Sum over all tokens of the cross-entropy, in nats, between `softmax(hidden · headᵀ)` and the target ids; a token whose
+/// target is `None` does not count. `hidden` is f32 `[tokens, cols]`, `head` f32 `[vocab, cols]`; the result is a scalar.
+///
+/// # Errors
+/// Of candle, if shapes or types do not fit or a target is outside the vocabulary.
+pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
+    let ((tokens, cols), (vocab, head_cols)) = (hidden.dims2()?, head.dims2()?);
+    if cols != head_cols || tokens != targets.len() || tokens == 0 {
+        let (hidden, head) = (hidden.dims(), head.dims());
+        candle_core::bail!("cross-entropy: {hidden:?} with a head {head:?} and {} targets", targets.len());
+    }
+    if let Some(id) = targets.iter().flatten().find(|id| **id as usize >= vocab) {
+        candle_core::bail!("cross-entropy: target {id} is outside the vocabulary of {vocab}");
+    }
+    if !hidden.device().is_cpu() {
+        return composed::cross_entropy(hidden, head, targets);
+    }
+    require_f32("cross-entropy", hidden)?;
+    require_f32("cross-entropy", head)?;
+    let wanted = Wanted { hidden: hidden.track_op(), head: head.track_op() };
+    let op = CrossEntropy { targets: targets.to_vec(), vocab, cols, wanted, gradients: Mutex::default() };
+    hidden.contiguous()?.apply_op2(&head.contiguous()?, op)
+}
+
+#[derive(Clone, Copy)]
+struct Wanted {
+    hidden: bool,
+    head: bool,
+}
+
+#[derive(Default)]
+struct Gradients {
+    hidden: Vec<f32>,
+    head: Vec<f32>,
+}
+
+struct CrossEntropy {
+    targets: Vec<Option<u32>>,
+    vocab: usize,
+    cols: usize,
+    wanted: Wanted,
+    /// Both gradients for a loss of weight 1, computed while the logits are there.
+    gradients: Mutex<Gradients>,
+}
+
+impl CustomOp2 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "head-cross-entropy"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (hidden, head) = (contiguous::<f32>(s1, l1)?, contiguous::<f32>(s2, l2)?);
+        let (vocab, cols) = (self.vocab, self.cols);
+        let mut gradients = Gradients {
+            hidden: vec![0.0; if self.wanted.hidden { hidden.len() } else { 0 }],
+            head: vec![0.0; if self.wanted.head { head.len() } else { 0 }],
+        };
+        let chunk = (CHUNK_LOGITS / vocab).clamp(1, self.targets.len());
+        let mut logits = vec![0.0; chunk * vocab];
+        let head = Matrix::new(head, vocab, cols, cols)?;
+        let mut loss = 0.0;
+        for (i, targets) in self.targets.chunks(chunk).enumerate() {
+            if targets.iter().all(Option::is_none) {
+                continue;
+            }
+            let (begin, rows) = (i * chunk, targets.len());
+            let x = Matrix::new(&hidden[begin * cols..], rows, cols, cols)?;
+            matmul(x, head.t(), 1.0, &mut logits, vocab, false)?;
+            for (row, target) in logits.chunks_exact_mut(vocab).zip(targets) {
+                match target {
+                    Some(id) => loss += autograd::cross_entropy(row, *id as usize),
+                    None => row.fill(0.0),
+                }
+            }
+            let d = Matrix::new(&logits, rows, vocab, vocab)?;
+            if self.wanted.hidden {
+                matmul(d, head, 1.0, &mut gradients.hidden[begin * cols..], cols, false)?;
+            }
+            if self.wanted.head {
+                matmul(d.t(), x, 1.0, &mut gradients.head, cols, true)?;
+            }
+        }
+        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = gradients;
+        Ok((f32_storage(vec![loss as f32]), Shape::from(())))
+    }
+
+    fn bwd(&self, hidden: &Tensor, head: &Tensor, _: &Tensor, d: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let weight = with_values(d, |d| Ok(d.first().copied().unwrap_or_default()))?;
+        let gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner);
+        let scaled = |wanted: bool, gradient: &[f32], like: &Tensor| {
+            wanted.then(|| tensor_like(gradient.iter().map(|g| g * weight).collect(), like)).transpose()
+        };
+        Ok((scaled(self.wanted.hidden, &gradients.hidden, hidden)?, scaled(self.wanted.head, &gradients.head, head)?))
+    }
+}

@@ -1,0 +1,51 @@
+//! Operations with gradients, for training: the decoder's operations on f32 tensors, with straight-through quantisers.
+//!
+//! On a CPU each is one custom op whose `bwd` is written by hand; on other devices it is composed of candle's own
+//! operations ([`composed`]), whose gradients candle derives. Tests hold one against the other.
+
+mod attention;
+pub mod composed;
+mod dropout;
+mod gated;
+mod linear;
+mod loss;
+mod norm;
+mod quantize;
+
+pub use attention::attention;
+pub use dropout::dropout;
+pub use gated::gated;
+pub use linear::{bit_linear, linear};
+pub use loss::cross_entropy;
+pub use norm::rms_norm;
+pub use quantize::{fake_quantize, fake_ternary};
+
+use super::contiguous;
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
+
+/// Calls `f` with the elements of a contiguous f32 tensor on the CPU.
+fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) => f(contiguous(cpu, layout)?),
+        _ => candle_core::bail!("a gradient on another device than the CPU"),
+    }
+}
+
+/// A CPU tensor of the shape of `like`.
+fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), like.device())
+}
+
+/// What no op of this room does: it is only applied to tensors on the CPU.
+fn f32_storage(values: Vec<f32>) -> CpuStorage {
+    CpuStorage::F32(values)
+}
+
+fn require_f32(name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::F32 => Ok(()),
+        other => candle_core::bail!("{name}: {other:?} where f32 is expected"),
+    }
+}

@@ -1,0 +1,34 @@
+//! Trained parameters as a checkpoint: bf16 masters under the names of inference, to be quantised at load.
+
+use super::parameters::{Kind, Parameters};
+use super::state::bytes_of;
+use crate::checkpoint::StoredType;
+use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, write_checkpoint, write_text};
+use crate::model::config::ModelConfig;
+use crate::{Error, Result};
+use candle_core::DType;
+use std::path::Path;
+
+/// Writes `model.safetensors` and `config.json` (written last) into a directory that exists: matrices as bf16, norms as
+/// f32. Loading it quantises to exactly the codes that were trained, because training quantises the bf16 values too.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Training`] for values that are not finite.
+pub fn write_masters(dir: &Path, config: &ModelConfig, parameters: &Parameters) -> Result<()> {
+    let mut entries = Vec::new();
+    for p in parameters.list() {
+        let (dtype, stored) = match p.kind {
+            Kind::Norm => (DType::F32, StoredType::F32),
+            Kind::Dense | Kind::Ternary => (DType::BF16, StoredType::BF16),
+        };
+        let value = p.value.to_dtype(dtype)?;
+        if !value.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Err(Error::Training(format!("{} holds NaN or infinite values and was not written", p.name)));
+        }
+        entries.push(Entry::new(&p.name, stored, p.value.dims().to_vec(), move |out| {
+            out.write_all(&bytes_of(&value).map_err(std::io::Error::other)?.1)
+        }));
+    }
+    write_checkpoint(dir, entries, DEFAULT_SHARD_BYTES, &mut |_| {})?;
+    write_text(&dir.join("config.json"), &config.to_json())
+}

@@ -1,0 +1,198 @@
+//! AdamW over all parameters, in place on the CPU.
+
+use super::parameters::{Kind, Parameters};
+use crate::backend::cpu::autograd::{self, Moments};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Tensor};
+use rayon::prelude::*;
+
+/// What stays the same over a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWOptions {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest norm of the gradient; larger ones are scaled down to it.
+    pub clip: f64,
+}
+
+impl Default for AdamWOptions {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip: 1.0 }
+    }
+}
+
+/// AdamW (Loshchilov and Hutter, 2019) with clipping by the global norm. Norms and embeddings do not decay.
+#[derive(Debug)]
+pub struct AdamW {
+    options: AdamWOptions,
+    /// First and second moments of each parameter, f32.
+    moments: Vec<(Tensor, Tensor)>,
+    steps: u64,
+}
+
+impl AdamW {
+    /// Moments of zero.
+    ///
+    /// # Errors
+    /// Of candle.
+    pub fn new(parameters: &Parameters, options: AdamWOptions) -> Result<Self> {
+        let zero = |p: &super::Parameter| Tensor::zeros(p.value.shape(), DType::F32, p.value.device());
+        let pairs = parameters.list().iter().map(|p| Ok((zero(p)?, zero(p)?)));
+        Ok(Self { options, moments: pairs.collect::<Result<_>>()?, steps: 0 })
+    }
+
+    /// Continues from saved moments.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they do not belong to these parameters.
+    pub fn resume(
+        parameters: &Parameters,
+        options: AdamWOptions,
+        moments: Vec<(Tensor, Tensor)>,
+        steps: u64,
+    ) -> Result<Self> {
+        let fits = |(p, (m, v)): (&super::Parameter, &(Tensor, Tensor))| {
+            m.dims() == p.value.dims() && v.dims() == p.value.dims() && m.dtype() == DType::F32
+        };
+        if moments.len() != parameters.list().len() || !parameters.list().iter().zip(&moments).all(fits) {
+            return Err(Error::Shape { op: "AdamW", reason: "saved moments of another model".into() });
+        }
+        Ok(Self { options, moments, steps })
+    }
+
+    /// Moments of each parameter, in the parameters' order.
+    pub fn moments(&self) -> &[(Tensor, Tensor)] {
+        &self.moments
+    }
+
+    /// Steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// One step with gradients that were summed over `count` targets. Returns the norm of the mean gradient before
+    /// clipping; if it is not finite nothing is changed.
+    ///
+    /// # Errors
+    /// Of candle.
+    pub fn step(
+        &mut self,
+        parameters: &mut Parameters,
+        gradients: &[Tensor],
+        count: usize,
+        lr: f64,
+        weight_decay: f64,
+        seed: u64,
+    ) -> Result<f64> {
+        let squares = gradients.par_iter().map(sum_of_squares).collect::<Result<Vec<f64>>>()?;
+        let norm = squares.iter().sum::<f64>().sqrt() / count.max(1) as f64;
+        if !norm.is_finite() {
+            return Ok(norm);
+        }
+        let clip = if norm > self.options.clip { self.options.clip / norm } else { 1.0 };
+        self.steps += 1;
+        let power = |beta: f64| 1.0 / (1.0 - beta.powi(self.steps.min(i32::MAX as u64) as i32));
+        let step = autograd::AdamW {
+            lr: lr as f32,
+            weight_decay: 0.0,
+            eps: self.options.eps as f32,
+            correction1: power(self.options.beta1) as f32,
+            correction2: power(self.options.beta2) as f32,
+        };
+        let factor = (clip / count.max(1) as f64) as f32;
+        let (beta1, beta2) = (self.options.beta1 as f32, self.options.beta2 as f32);
+        let first = Moments { beta: beta1, factor, squared: false };
+        let second = Moments { beta: beta2, factor, squared: true };
+        let steps = self.steps;
+        let all = parameters.list_mut().par_iter_mut().zip(&mut self.moments).zip(gradients).enumerate();
+        all.try_for_each(|(i, ((p, (m, v)), g))| -> Result<()> {
+            let weight_decay = if p.kind == Kind::Ternary { weight_decay as f32 } else { 0.0 };
+            let step = autograd::AdamW { weight_decay, ..step };
+            let g = g.to_dtype(DType::F32)?.contiguous()?;
+            if p.value.device().is_cpu() {
+                m.inplace_op2(&g, &first)?;
+                v.inplace_op2(&g, &second)?;
+                let seed = seed ^ (steps << 20) ^ i as u64;
+                p.value.inplace_op3(m, v, &Update { step, seed })?;
+                return Ok(());
+            }
+            *m = ((&*m * f64::from(beta1))? + (&g * f64::from((1.0 - beta1) * factor))?)?;
+            let squared = (&g * f64::from(factor))?.sqr()?;
+            *v = ((&*v * f64::from(beta2))? + (squared * f64::from(1.0 - beta2))?)?;
+            let root = ((&*v * f64::from(step.correction2))?.sqrt()? + f64::from(step.eps))?;
+            let direction = (&*m * f64::from(step.correction1))?.div(&root)?;
+            let value = p.value.to_dtype(DType::F32)?;
+            let decayed = (&value * (1.0 - lr * f64::from(weight_decay)))?;
+            p.value = (decayed - (direction * lr)?)?.to_dtype(p.value.dtype())?;
+            Ok(())
+        })?;
+        Ok(norm)
+    }
+}
+
+fn sum_of_squares(g: &Tensor) -> Result<f64> {
+    if g.device().is_cpu() {
+        let g = g.contiguous()?;
+        let (storage, layout) = g.storage_and_layout();
+        if let candle_core::Storage::Cpu(cpu) = &*storage {
+            return Ok(autograd::sum_of_squares(crate::ops::contiguous(cpu, layout)?));
+        }
+    }
+    Ok(f64::from(g.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
+}
+
+/// The elements that an in-place op may write.
+fn contiguous_mut<'a, T: candle_core::WithDType>(
+    values: &'a mut Vec<T>,
+    layout: &Layout,
+) -> candle_core::Result<&'a mut [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&mut values[start..end]),
+        None => candle_core::bail!("a parameter that is not contiguous"),
+    }
+}
+
+impl InplaceOp2 for Moments {
+    fn name(&self) -> &'static str {
+        "adamw-moment"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
+        let CpuStorage::F32(moment) = s1 else { candle_core::bail!("a moment that is not f32") };
+        self.update(contiguous_mut(moment, l1)?, crate::ops::contiguous(s2, l2)?);
+        Ok(())
+    }
+}
+
+struct Update {
+    step: autograd::AdamW,
+    seed: u64,
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "adamw-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<()> {
+        let (m, v) = (crate::ops::contiguous(s2, l2)?, crate::ops::contiguous(s3, l3)?);
+        match s1 {
+            CpuStorage::F32(w) => self.step.update(contiguous_mut(w, l1)?, m, v),
+            CpuStorage::BF16(w) => self.step.update_bf16(contiguous_mut(w, l1)?, m, v, self.seed),
+            _ => candle_core::bail!("a master that is neither f32 nor bf16"),
+        }
+        Ok(())
+    }
+}

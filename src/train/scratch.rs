@@ -1,0 +1,173 @@
+//! A run from scratch in a directory: text and recipe in, a checkpoint of masters out.
+//!
+//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `state.safetensors`
+//! (to resume from) and `masters/`, a checkpoint of the best parameters so far by validation.
+
+use super::corpus::{Corpus, Stream, tokenize};
+use super::decoder::Decoder;
+use super::export::write_masters;
+use super::metrics::MetricsLog;
+use super::parameters::Parameters;
+use super::recipe::Recipe;
+use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
+use super::trainer::{Data, Event, Outcome, Trainer, Validation};
+use crate::checkpoint::write::write_text;
+use crate::model::config::ModelConfig;
+use crate::text::Tokenizer;
+use crate::{Error, Result};
+use candle_core::Device;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// The settings' file.
+pub const RECIPE: &str = "recipe.toml";
+/// The state's file.
+pub const STATE: &str = "state.safetensors";
+/// The log's file.
+pub const METRICS: &str = "metrics.jsonl";
+/// The directory of the best masters.
+pub const MASTERS: &str = "masters";
+
+/// A prepared run.
+#[derive(Debug)]
+pub struct Scratch {
+    recipe: Recipe,
+    dir: PathBuf,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    decoder: Decoder,
+    stream: Stream,
+    resumed: bool,
+}
+
+/// What a run came to.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Steps done.
+    pub steps: u64,
+    /// Targets trained on.
+    pub tokens: u64,
+    /// Seconds spent in steps.
+    pub seconds: f64,
+    /// Steps skipped because loss or gradient was not finite.
+    pub skipped: u64,
+    /// The best validation.
+    pub best: Option<Validation>,
+}
+
+impl Scratch {
+    /// Prepares a run in a directory that holds none: reads the text, learns the tokenizer, writes the recipe.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a directory that holds a run or settings out of range; those of [`Corpus::read`] and
+    /// [`train_bpe`].
+    pub fn start(text: &Path, dir: &Path, recipe: &Recipe) -> Result<Self> {
+        recipe.check()?;
+        if dir.join(RECIPE).exists() {
+            let reason = format!("{} holds a run; resume it, or name another directory", dir.display());
+            return Err(Error::request("output directory", reason));
+        }
+        let corpus = Corpus::read(text, recipe.batches.validation)?;
+        let tokenizer = train_bpe(&corpus.train, recipe.model.vocab)?;
+        let run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        write_tokenizer(&run.tokenizer, dir)?;
+        write_text(&dir.join(RECIPE), &recipe.to_toml()?)?;
+        Ok(run)
+    }
+
+    /// Prepares to go on with a run, from its last saved state or, if there is none yet, from the start.
+    ///
+    /// # Errors
+    /// As [`Self::start`], and if the directory holds no run.
+    pub fn resume(text: &Path, dir: &Path) -> Result<Self> {
+        let recipe = Recipe::read(&dir.join(RECIPE))?;
+        recipe.check()?;
+        let corpus = Corpus::read(text, recipe.batches.validation)?;
+        Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)
+    }
+
+    fn prepare(dir: &Path, recipe: Recipe, tokenizer: Tokenizer, corpus: &Corpus, resumed: bool) -> Result<Self> {
+        let end = tokenizer.token_to_id(END_OF_TEXT).unwrap_or(0);
+        let config = recipe.model.config(end)?;
+        let separator = corpus.separate.then_some(end);
+        let train = tokenize(&tokenizer, &corpus.train, separator)?;
+        let validation = tokenize(&tokenizer, &corpus.validation, separator)?;
+        let bytes = tokenizer.decode(validation.get(1..).unwrap_or_default(), true)?.len();
+        let (b, m) = (recipe.batches, recipe.model);
+        let seed = recipe.optimization.seed;
+        let stream = Stream::new(train, m.context, b.sequences, b.micro, seed, &validation, bytes)?;
+        let decoder = Decoder::new(&config)?;
+        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed })
+    }
+
+    /// The settings.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The batches.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Trains to the end of the recipe or until `observe` breaks; everything that is written is written whole.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::run`].
+    pub fn run(
+        &self,
+        device: &Device,
+        threads: usize,
+        observe: &mut dyn FnMut(Event<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Summary> {
+        let o = self.recipe.optimization;
+        let parameters = Parameters::random(&self.config, self.recipe.model.masters, device, o.seed)?;
+        let mut trainer = Trainer::new(&self.decoder, &self.stream, parameters, o, threads)?;
+        let state = self.dir.join(STATE);
+        if self.resumed && state.exists() {
+            trainer = trainer.resume(&state)?;
+        }
+        let mut log = MetricsLog::open(&self.dir.join(METRICS), trainer.progress().step)?;
+        let validates = !self.stream.validation().is_empty();
+        let outcome = trainer.run(Some(&state), &mut |event| {
+            log.record(&event)?;
+            if let Event::Best(parameters) = &event {
+                self.export(parameters)?;
+            }
+            observe(event)
+        })?;
+        if !validates {
+            self.export(trainer.parameters())?;
+        }
+        let p = trainer.progress();
+        Ok(Summary { outcome, steps: p.step, tokens: p.tokens, seconds: p.seconds, skipped: p.skipped, best: p.best })
+    }
+
+    /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.
+    fn export(&self, parameters: &Parameters) -> Result<()> {
+        let dir = self.dir.join(MASTERS);
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
+        write_tokenizer(&self.tokenizer, &dir)?;
+        let generation = serde_json::json!({
+            "do_sample": true,
+            "temperature": 0.8,
+            "top_p": 0.95,
+            "eos_token_id": self.config.eos_tokens.first(),
+        });
+        write_text(&dir.join("generation_config.json"), &format!("{generation:#}\n"))?;
+        write_masters(&dir, &self.config, parameters)
+    }
+}
