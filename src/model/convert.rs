@@ -16,11 +16,11 @@ pub use verify::{Verified, verify};
 
 use super::CheckpointWeights;
 use super::config::{ModelConfig, Projection};
+use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
 use crate::checkpoint::{Checkpoint, ScaleStyle, StoredType, TensorView};
 use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
-use crate::Result;
 use half::bf16;
 use masters::Recipe;
 use progress::Tracker;
