@@ -250,8 +250,12 @@ fn write(model: &Model, matrices: &[Matrix], dir: &Path, tracker: &Tracker) -> R
     for name in others {
         let view = model.checkpoint.require(name)?;
         entries.push(Entry::new(name, view.info.dtype, view.info.shape.as_slice(), move |out| {
-            put(out, view.bytes(), tracker)?;
-            view.file.release(view.info.range.clone());
+            let mut at = view.info.range.start;
+            for chunk in view.bytes().chunks(CHUNK) {
+                put(out, chunk, tracker)?;
+                view.file.release(at..at + chunk.len());
+                at += chunk.len();
+            }
             Ok(())
         }));
     }

@@ -173,7 +173,7 @@ mod tests {
         let scale = Scale::of_mean(0.0123);
         let packed = PackedTernary::from_weights(256, 256, &weights, scale).unwrap();
         let recipe = Recipe::new(packed.histogram(), scale).unwrap();
-        assert!(recipe.filled > 100 && recipe.dtype == DenseType::BF16, "{recipe:?}");
         assert_eq!(back(&packed, &recipe), packed);
+        assert!(recipe.filled > 10 && recipe.dtype == DenseType::BF16, "{recipe:?}");
     }
 }

@@ -121,14 +121,19 @@ fn same_bytes(want: &TensorView, got: &TensorView, tracker: &Tracker) -> Result<
         let reason = format!("{} {:?}, in the source {} {:?}", a.dtype, a.shape, b.dtype, b.shape);
         return Err(got.error(reason));
     }
-    for (i, (a, b)) in want.bytes().chunks(CHUNK).zip(got.bytes().chunks(CHUNK)).enumerate() {
+    let (mut at, pieces) = (0, want.bytes().chunks(CHUNK).zip(got.bytes().chunks(CHUNK)));
+    for (a, b) in pieces {
         if a != b {
-            let at = i * CHUNK + a.iter().zip(b).position(|(a, b)| a != b).unwrap_or_default();
+            let at = at + a.iter().zip(b).position(|(a, b)| a != b).unwrap_or_default();
             return Err(got.error(format!("byte {at} differs from the source's: this is not the same model")));
         }
+        // At once, so that nothing large is resident, let alone twice.
+        for view in [want, got] {
+            let start = view.info.range.start + at;
+            view.file.release(start..start + a.len());
+        }
+        at += a.len();
         tracker.advance(a.len() as u64)?;
     }
-    want.file.release(want.info.range.clone());
-    got.file.release(got.info.range.clone());
     Ok(())
 }
