@@ -70,8 +70,9 @@ pub struct Summary {
 /// change by a unit in the last place, which [`Summary::verified`] counts.
 ///
 /// # Errors
-/// [`Error::Request`] if `target` holds a checkpoint, or files that would be replaced; those of opening and loading
-/// `source`; [`Error::Tensor`] for a weight that the form cannot express; [`Error::Io`]. Nothing is left in `target` then.
+/// [`crate::Error::Request`] if `target` holds a checkpoint, or files that would be replaced; those of opening and loading
+/// `source`; [`crate::Error::Tensor`] for a weight that the form cannot express; [`crate::Error::Io`]. Nothing is
+/// left in `target` then.
 pub fn convert(source: &Path, target: &Path, form: Form, progress: &mut OnProgress<'_>) -> Result<Summary> {
     check_target(target)?;
     let model = Model::open(source)?;
