@@ -3,6 +3,8 @@
 #[path = "cli/chat.rs"]
 mod chat;
 mod common;
+#[path = "cli/convert.rs"]
+mod convert;
 #[path = "cli/generate.rs"]
 mod generate;
 #[path = "cli/hostile.rs"]
@@ -76,7 +78,7 @@ fn run_with(args: &[&str], stdin: &str) -> Ran {
 fn help_and_version_are_there() {
     assert_eq!(run(&["--version"]).ok(), format!("bitnet {}\n", env!("CARGO_PKG_VERSION")));
     let help = run(&["--help"]).ok();
-    for command in ["generate", "chat", "bench", "inspect", "doctor", "logits", "synth", "completions"] {
+    for command in ["generate", "chat", "bench", "inspect", "convert", "doctor", "logits", "synth", "completions"] {
         assert!(help.contains(&format!("  {command} ")), "{help}");
         let own = run(&[command, "--help"]).ok();
         assert!(own.contains(&format!("Usage: bitnet {command}")), "{own}");

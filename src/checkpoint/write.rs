@@ -160,6 +160,26 @@ pub fn write_text(path: &Path, text: &str) -> Result<()> {
     Pending::text(path.to_owned(), text)?.commit().map(drop)
 }
 
+/// Refuses a directory that holds a checkpoint already, or what could be taken for a part of one: whoever writes a new
+/// one must not mix it with another. A directory that does not exist yet is fine.
+///
+/// # Errors
+/// [`Error::Request`] naming what is there.
+pub fn check_target(dir: &Path) -> Result<()> {
+    let refuse = |what: String| Error::request("output directory", format!("{what}; choose another directory"));
+    if dir.exists() && !dir.is_dir() {
+        return Err(refuse(format!("{} is not a directory", dir.display())));
+    }
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let name = entry.map_err(|e| Error::io(dir, e))?.file_name();
+        let name = name.to_string_lossy();
+        if name.ends_with(".safetensors") || name.ends_with(".json") || name.ends_with(".gguf") {
+            return Err(refuse(format!("{} already holds {name}", dir.display())));
+        }
+    }
+    Ok(())
+}
+
 fn check_unique(file: &Path, entries: &[Entry]) -> Result<()> {
     if entries.is_empty() || entries.len() > MAX_TENSORS {
         return Err(Error::file(file, format!("{} tensors; 1 to {MAX_TENSORS} can be written", entries.len())));

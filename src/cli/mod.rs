@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 mod chat_input;
 pub mod completions;
+pub mod convert;
 pub mod doctor;
 #[cfg(test)]
 mod fake;
@@ -37,6 +38,7 @@ pub enum Command {
     Chat(chat::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
+    Convert(convert::Args),
     Doctor(doctor::Args),
     Logits(logits::Args),
     Synth(synth::Args),
@@ -52,6 +54,7 @@ impl Command {
             Self::Chat(args) => chat::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Inspect(args) => inspect::run(args),
+            Self::Convert(args) => convert::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::Logits(args) => logits::run(args),
             Self::Synth(args) => synth::run(args),

@@ -6,7 +6,7 @@ use super::print;
 use anyhow::{Context, Result};
 use candle_bitnet::Error;
 use candle_bitnet::checkpoint::StoredType;
-use candle_bitnet::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, write_checkpoint, write_text};
+use candle_bitnet::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
 use candle_bitnet::model::config::{MAX_LAYERS, ModelConfig, Projection};
 use candle_bitnet::model::presets::{PRESETS, Preset, SyntheticWeights};
 use clap::Args as ClapArgs;
@@ -71,22 +71,6 @@ pub fn run(args: Args) -> Result<()> {
         config.parameters(),
         args.seed
     ))
-}
-
-/// Refuses a directory that holds a checkpoint, or what could be taken for a part of one.
-fn check_target(out: &Path) -> Result<()> {
-    let refuse = |what: String| Error::request("--out", format!("{what}; choose another directory"));
-    if out.exists() && !out.is_dir() {
-        return Err(refuse(format!("{} is not a directory", out.display())).into());
-    }
-    for entry in std::fs::read_dir(out).into_iter().flatten() {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
-        if name.ends_with(".safetensors") || name.ends_with(".json") || name.ends_with(".gguf") {
-            return Err(refuse(format!("{} already holds {name}", out.display())).into());
-        }
-    }
-    Ok(())
 }
 
 /// Writes everything; `config.json` comes last, so that a directory with one is complete.

@@ -56,6 +56,28 @@ impl<'a> CheckpointWeights<'a> {
         }
     }
 
+    /// The codes and the scale of a projection, masters quantised as loading does; none where the configuration leaves
+    /// the projection unconverted.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::linear`]; [`Error::Tensor`] for masters that are not finite.
+    pub fn ternary(&self, layer: usize, which: Projection) -> Result<Option<PackedTernary>> {
+        let (rows, cols) = self.config.projection_shape(which);
+        let name = self.config.projection_name(layer, which);
+        if !self.config.is_converted(&name) {
+            return Ok(None);
+        }
+        match self.checkpoint.linear(&name, rows, cols, self.config.quantization.scale_style)? {
+            checkpoint::LinearWeight::Ternary(w) => Ok(Some(w)),
+            checkpoint::LinearWeight::Dense(view) => {
+                let packed = PackedTernary::quantize_slice(rows, cols, &view.to_f32())
+                    .map_err(|e| Error::tensor(view.file.path(), format!("{name}.weight"), e.to_string()))?;
+                view.release();
+                Ok(Some(packed))
+            }
+        }
+    }
+
     fn view(&self, backend: &Backend, name: &str, rows: usize, cols: usize) -> Result<DenseWeight> {
         let view = self.checkpoint.dense(name, rows, cols)?;
         backend.dense_mapped(view.dtype, rows, cols, view.file.clone(), view.range.clone())
@@ -66,17 +88,9 @@ impl WeightSource for CheckpointWeights<'_> {
     fn linear(&self, backend: &Backend, layer: usize, which: Projection) -> Result<LinearWeight> {
         let (rows, cols) = self.config.projection_shape(which);
         let name = self.config.projection_name(layer, which);
-        if !self.config.is_converted(&name) {
-            return self.view(backend, &format!("{name}.weight"), rows, cols).map(LinearWeight::Dense);
-        }
-        match self.checkpoint.linear(&name, rows, cols, self.config.quantization.scale_style)? {
-            checkpoint::LinearWeight::Ternary(w) => Ok(LinearWeight::Ternary(w)),
-            checkpoint::LinearWeight::Dense(view) => {
-                let packed = PackedTernary::quantize_slice(rows, cols, &view.to_f32())
-                    .map_err(|e| Error::tensor(view.file.path(), format!("{name}.weight"), e.to_string()))?;
-                view.release();
-                Ok(LinearWeight::Ternary(packed))
-            }
+        match self.ternary(layer, which)? {
+            Some(w) => Ok(LinearWeight::Ternary(w)),
+            None => self.view(backend, &format!("{name}.weight"), rows, cols).map(LinearWeight::Dense),
         }
     }
 

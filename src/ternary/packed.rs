@@ -31,14 +31,53 @@ impl Scale {
         }
     }
 
-    /// What turns an accumulator into an output, given the token's activation scale: `scale / s_x` or
-    /// `1 / (scale · s_x)`, in f64 so that the output is rounded once.
+    /// What turns an accumulator into an output, given the token's activation scale: `multiplier / s_x`, in f64 so
+    /// that the output is rounded once.
+    ///
+    /// A divide-style scale goes through its f32 multiplier, so that it gives the same bits as the multiply-style
+    /// scale that masters are quantised to: a model is the same model in every form that it is stored in.
+    /// transformers is no more exact: it rounds the product `s_x · weight_scale` to f32 (or less) before it divides.
     pub fn factor(self, s_x: f32) -> f64 {
+        f64::from(self.multiplier()) / f64::from(s_x)
+    }
+
+    /// The scale of masters with this `mean|W|`: `s = 1 / max(mean, 1e-5)`, multiplier `1 / s`, each in f32.
+    pub fn of_mean(mean: f32) -> Self {
+        Self::Multiply(1.0 / absmean_factor(mean))
+    }
+
+    /// The same scale as a multiplier; exact.
+    pub fn to_multiply(self) -> Self {
+        Self::Multiply(self.multiplier())
+    }
+
+    /// The same scale as a divisor: the one whose f32 inverse is this multiplier, or the nearest to it where there is
+    /// none. There always is one for a multiplier that came from masters; about one f32 in six has none, and is met to
+    /// within one unit in the last place.
+    pub fn to_divide(self) -> Self {
         match self {
-            Self::Multiply(s) => f64::from(s) / f64::from(s_x),
-            Self::Divide(s) => 1.0 / (f64::from(s) * f64::from(s_x)),
+            Self::Divide(_) => self,
+            Self::Multiply(m) => Self::Divide(nearest(1.0 / m, |s| 1.0 / s, m)),
         }
     }
+
+    /// The `mean|W|` that the quantiser turns into this multiplier, or into the nearest to it; see [`Scale::of_mean`].
+    pub fn mean(self) -> f32 {
+        let m = self.multiplier();
+        nearest(m, |mean| Self::of_mean(mean).multiplier(), m)
+    }
+}
+
+/// Among the f32 next to `guess`, the one that `f` brings closest to `wanted`; the first of equals, `guess` before all.
+fn nearest(guess: f32, f: impl Fn(f32) -> f32, wanted: f32) -> f32 {
+    let error = |x: f32| (f64::from(f(x)) - f64::from(wanted)).abs();
+    let near = [-1i32, 1, -2, 2, -3, 3].map(|ulps| f32::from_bits(guess.to_bits().saturating_add_signed(ulps)));
+    near.into_iter().fold(guess, |best, x| if error(x) < error(best) { x } else { best })
+}
+
+/// What masters with this `mean|W|` are multiplied by before they are rounded.
+fn absmean_factor(mean: f32) -> f32 {
+    1.0 / mean.max(1e-5)
 }
 
 /// A ternary matrix `[rows, cols]`: codes {0, 1, 2} for {−1, 0, 1} and one scale.
@@ -133,14 +172,14 @@ impl PackedTernary {
         if !mean.is_finite() {
             return Err(shape_error("the weights hold NaN or infinite values".into()));
         }
-        let s = scale_of_mean(mean);
+        let s = absmean_factor(mean);
         let code = |v: &f32| (super::round_half_even(v * s).clamp(-1.0, 1.0) as i8 + 1) as u8;
         let codes = values
             .chunks_exact(cols)
             .flat_map(|row| row.chunks(CODES_PER_BYTE))
             .map(|four| four.iter().rev().fold(0, |byte, v| byte << 2 | code(v)))
             .collect();
-        Self::new(rows, cols, codes, Scale::Multiply(1.0 / s))
+        Self::new(rows, cols, codes, Scale::of_mean(mean))
     }
 
     /// Output features.
@@ -202,11 +241,7 @@ impl PackedTernary {
 
 /// The absmean scale `s = 1 / max(mean|W|, 1e-5)` of a master weight (BitNet b1.58, eq. 2–3); `1 / s` is the multiplier.
 pub fn absmean_scale(values: &[f32]) -> f32 {
-    scale_of_mean(mean_abs(values))
-}
-
-fn scale_of_mean(mean: f32) -> f32 {
-    1.0 / mean.max(1e-5)
+    absmean_factor(mean_abs(values))
 }
 
 /// `mean|x|` in f32, as torch computes it to within an ulp or two: over fixed blocks in f64, so that the result does
@@ -233,6 +268,47 @@ mod tests {
         let got: Vec<i8> = (0..8).map(|i| p.weight(i / 4, i % 4)).collect();
         assert_eq!(got, [0, 0, 1, -1, 1, -1, 0, 1]);
         assert_eq!(p.scale(), Scale::Multiply(1.0));
+    }
+
+    /// Deterministic numbers from 2⁻²⁰ to 2²⁰, every mantissa as likely as any other.
+    fn scales() -> impl Iterator<Item = f32> {
+        (0..200_000u32).map(|i| {
+            let bits = i.wrapping_mul(2_654_435_761);
+            f32::from_bits((107 + bits % 40) << 23 | bits.rotate_left(11) >> 9)
+        })
+    }
+
+    #[test]
+    fn both_styles_of_one_scale_are_the_same_bits() {
+        for mean in scales() {
+            let multiply = Scale::of_mean(mean);
+            let divide = multiply.to_divide();
+            assert!(matches!(divide, Scale::Divide(_)));
+            assert_eq!(divide.multiplier().to_bits(), multiply.multiplier().to_bits(), "{mean}");
+            assert_eq!(divide.to_multiply(), multiply);
+            assert_eq!((divide.to_divide(), multiply.to_multiply()), (divide, multiply));
+            for s_x in [0.37f32, 127.0, 12_700_000.0, mean] {
+                assert_eq!(divide.factor(s_x).to_bits(), multiply.factor(s_x).to_bits());
+            }
+            if mean >= 1e-5 {
+                assert_eq!(Scale::of_mean(multiply.mean()), multiply, "a mean that gives it back");
+            }
+        }
+    }
+
+    #[test]
+    fn a_multiplier_that_is_no_inverse_is_met_within_one_unit() {
+        let mut inexact = 0;
+        for m in scales() {
+            let divide = Scale::Multiply(m).to_divide().multiplier();
+            inexact += usize::from(divide != m);
+            assert!(divide.to_bits().abs_diff(m.to_bits()) <= 1, "{m} became {divide}");
+            if m > 1.1e-5 {
+                let mean = Scale::of_mean(Scale::Multiply(m).mean()).multiplier();
+                assert_eq!(mean, divide, "masters reach just the multipliers that have an inverse");
+            }
+        }
+        assert!((20_000..60_000).contains(&inexact), "{inexact} of 200,000");
     }
 
     #[test]

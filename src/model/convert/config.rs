@@ -1,0 +1,41 @@
+//! `config.json` of a converted checkpoint: the source's, but for how its weights are stored.
+
+use super::{Form, Model};
+use crate::checkpoint::ScaleStyle;
+use crate::model::config::Mode;
+use crate::{Error, Result};
+use serde_json::Value;
+
+/// The text of the new `config.json`. Keys keep their order; only those of `quantization_config` that say something else
+/// than the form are changed, and a text that needs no change stays as it is.
+pub(super) fn rewrite(model: &Model, form: Form) -> Result<String> {
+    let (path, text) = model.checkpoint.config();
+    let q = &model.config.quantization;
+    let (style, mode) = match form {
+        Form::Packed(style) => (style, Mode::Offline),
+        // transformers knows masters for this class alone; a scale to multiply with is what they are quantised to.
+        Form::Masters => (ScaleStyle::Multiply, Mode::Online),
+    };
+    if (style, mode) == (q.scale_style, q.mode) {
+        return Ok(text.to_owned());
+    }
+    let mut json: Value = serde_json::from_str(text).map_err(|e| Error::file(path, e.to_string()))?;
+    let Some(quantization) = json.get_mut("quantization_config").and_then(Value::as_object_mut) else {
+        return Err(Error::config(path, "quantization_config", "not an object"));
+    };
+    if style != q.scale_style {
+        let class = match style {
+            ScaleStyle::Multiply => "autobitlinear",
+            ScaleStyle::Divide => "bitlinear",
+        };
+        quantization.insert("linear_class".into(), class.into());
+    }
+    if mode != q.mode {
+        let mode = match mode {
+            Mode::Offline => "offline",
+            Mode::Online => "online",
+        };
+        quantization.insert("quantization_mode".into(), mode.into());
+    }
+    Ok(format!("{json:#}\n"))
+}
