@@ -33,5 +33,5 @@ pub mod ternary;
 pub mod text;
 
 pub use backend::{DeviceChoice, select_device};
-pub use bitnet::{BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
+pub use bitnet::{AdapterReport, BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
 pub use error::{Error, Result};
