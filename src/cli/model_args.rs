@@ -139,6 +139,7 @@ impl ModelArgs {
 /// Says on standard error that an adapter names another model than it runs on; its shapes fit, so it may be right.
 pub fn warn_of_other_base(model: &str, adapter: Option<&AdapterReport>) {
     if let Some(base) = adapter.and_then(|a| a.base_model.as_deref()).filter(|base| !same_model(base, model)) {
+        let base: String = base.chars().take(200).collect();
         // Standard error may be closed; that is no reason to fail.
         let _ = writeln!(std::io::stderr(), "warning: the adapter was trained on {base:?}, and runs on {model:?}");
     }
