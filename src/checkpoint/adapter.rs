@@ -145,11 +145,8 @@ impl Adapter {
                 scaling: config.scaling_of(name),
                 name: name.to_owned(),
             });
-            let Some(module) = modules.last().filter(|m| config.targets(&m.name)) else {
+            if !config.targets(name) {
                 return Err(Error::tensor(&weights, &a.name, format!("{CONFIG_FILE} does not target this module")));
-            };
-            if !module.scaling.is_finite() {
-                return Err(Error::config(&path, "lora_alpha", format!("its scaling of {name} is not finite")));
             }
         }
         if modules.is_empty() {

@@ -64,7 +64,7 @@ impl Layer {
     fn host_bytes(&self) -> impl Iterator<Item = &[u8]> {
         let qkv = self.qkv.host_bytes().into_iter().chain(self.output.host_bytes());
         let weights = qkv.chain(self.gate_up.host_bytes()).chain(self.down.host_bytes());
-        weights.chain(self.adapters().flat_map(LowRank::host_bytes))
+        weights.chain(self.adapters().filter_map(|a| a.weight().host_bytes()).flatten())
     }
 
     fn adapters(&self) -> impl Iterator<Item = &LowRank> {
@@ -173,7 +173,7 @@ impl Decoder {
         Footprint {
             ternary,
             dense,
-            adapter: self.layers.iter().flat_map(Layer::adapters).map(LowRank::bytes).sum(),
+            adapter: self.layers.iter().flat_map(Layer::adapters).map(|a| a.weight().bytes()).sum(),
             head: self.head.bytes(),
             embedding: if self.config.tied_embeddings { 0 } else { self.embedding.bytes() },
             kv_elements_per_position: 2 * self.layers.len() * self.shape.kv_heads * self.shape.head_dim,

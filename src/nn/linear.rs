@@ -1,12 +1,12 @@
 //! Linear layers of a b1.58 decoder: ternary or left dense, alone or several over one input.
 
 use super::{LowRank, RmsNorm};
-use crate::backend::cpu::{Gate, Segment};
+use crate::backend::cpu::Gate;
 use crate::backend::{Backend, DenseWeight, TernaryWeight};
 use crate::ops::{self, Quantized};
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, Tensor};
 
 /// The weight of one linear layer, before it is packed.
 #[derive(Debug)]
@@ -82,11 +82,7 @@ impl Linear {
         let normed = norm.map(|n| n.forward(backend, x)).transpose()?;
         let h = normed.as_ref().unwrap_or(x);
         // The update goes where the residual goes, so that the product stays one operation.
-        let update = adapter.forward(backend, h)?;
-        let update = match residual {
-            None => update,
-            Some(r) => (r + update)?,
-        };
+        let update = adapter.forward(backend, h, residual)?;
         self.base(backend, h, None, Some(&update))
     }
 
@@ -241,13 +237,13 @@ impl LinearGroup {
             Self::Adapted(weight, adapters) => {
                 // The adapters need the input that the fused step would not leave behind.
                 let h = norm.forward(backend, x)?;
-                let tokens = h.elem_count() / weight.cols().max(1);
-                let update = |(adapter, segment): (&Option<LowRank>, &Segment)| match adapter {
-                    Some(adapter) => adapter.forward(backend, &h),
-                    None => Ok(Tensor::zeros((tokens, segment.rows), DType::F32, h.device())?),
-                };
-                let updates: Result<Vec<_>> = adapters.iter().zip(weight.segments()).map(update).collect();
-                let updates = Tensor::cat(&updates?, D::Minus1)?;
+                let mut updates = Vec::with_capacity(adapters.len());
+                let mut first = 0;
+                for (adapter, segment) in adapters.iter().zip(weight.segments()) {
+                    updates.extend(adapter.iter().map(|a| (first, a.weight())));
+                    first += segment.rows;
+                }
+                let updates = ops::low_rank(backend, &updates, &h, None, weight.rows())?;
                 ops::linear(backend, weight, &ops::quantize(backend, &h)?, Some(&updates))
             }
             Self::Separate(layers) => {

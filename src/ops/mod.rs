@@ -7,12 +7,14 @@
 mod attention;
 mod dense;
 mod linear;
+mod low_rank;
 mod norm;
 mod quantize;
 
 pub use attention::{AttentionInput, attention, rope};
 pub use dense::{dense_linear, embed};
 pub use linear::linear;
+pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};
 pub use quantize::{Quantized, gated_quantize, norm_quantize, quantize};
 
