@@ -3,11 +3,12 @@
 use crate::backend::cpu::{CpuOptions, KernelKind};
 use crate::backend::{Backend, DenseType};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::hub::{self, HubOptions};
 use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
-use crate::model::{CheckpointWeights, Decoder, Footprint, Logits, Sequence};
+use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource};
 use crate::nn::KvCache;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
@@ -26,6 +27,7 @@ pub struct LoadOptions {
     context: Option<usize>,
     kv_dtype: DenseType,
     hub: HubOptions,
+    adapter: Option<PathBuf>,
     progress: Option<fn(usize, usize)>,
 }
 
@@ -38,6 +40,7 @@ impl LoadOptions {
             context: None,
             kv_dtype: DenseType::F32,
             hub: HubOptions::from_env(),
+            adapter: None,
             progress: None,
         }
     }
@@ -72,6 +75,12 @@ impl LoadOptions {
         self
     }
 
+    /// Directory of a LoRA adapter in PEFT's layout, run beside the weights and never merged into them.
+    pub fn adapter(mut self, dir: Option<PathBuf>) -> Self {
+        self.adapter = dir;
+        self
+    }
+
     /// Called with (layers loaded, layers) while loading.
     pub fn on_progress(mut self, progress: fn(usize, usize)) -> Self {
         self.progress = Some(progress);
@@ -99,6 +108,8 @@ pub struct LoadedDecoder {
     pub kv_dtype: DenseType,
     /// The checkpoint's folder; none for a preset.
     pub dir: Option<PathBuf>,
+    /// The adapter beside its weights.
+    pub adapter: Option<AdapterReport>,
     /// Time from opening the checkpoint to the last packed weight, without the tokenizer's.
     pub load_time: Duration,
 }
@@ -108,7 +119,7 @@ impl LoadedDecoder {
     ///
     /// # Errors
     /// For a model that cannot be found, is malformed, is not b1.58, or does not fit this machine; each names the
-    /// file and the tensor or key.
+    /// file and the tensor or key. The same for its adapter, if there is one.
     pub fn load(model: &str, options: &LoadOptions) -> Result<Self> {
         let dir = hub::resolve(model, &options.hub)?;
         let start = Instant::now();
@@ -120,26 +131,33 @@ impl LoadedDecoder {
         let config = ModelConfig::parse(path, text)?;
         let backend = Backend::new(&options.device, options.cpu)?;
         let weights = CheckpointWeights::new(checkpoint, &config)?;
+        let adapter = options.adapter.as_deref().map(Adapter::open).transpose()?;
+        let adapted = adapter.as_ref().map(|a| AdaptedWeights::new(&weights, a, &config)).transpose()?;
+        let source: &dyn WeightSource = adapted.as_ref().map_or(&weights, |a| a);
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
-        let decoder = Decoder::load(&backend, config.clone(), &weights, context, progress)?;
+        let decoder = Decoder::load(&backend, config.clone(), source, context, progress)?;
         let dir = Some(checkpoint.dir().to_owned());
-        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir, load_time: start.elapsed() })
+        let adapter = adapter.as_ref().map(AdapterReport::new);
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir, adapter, load_time: start.elapsed() })
     }
 
     /// A preset's shapes with random weights; needs no file.
     ///
     /// # Errors
-    /// [`Error::Request`] for an unknown preset; if the model does not fit this machine.
+    /// [`Error::Request`] for an unknown preset, or with an adapter; if the model does not fit this machine.
     pub fn synthetic(preset: &str, options: &LoadOptions) -> Result<Self> {
         let config = Preset::find(preset)?.config();
+        if options.adapter.is_some() {
+            return Err(Error::request("--adapter", "a preset's weights are random, so no adapter belongs to them"));
+        }
         let start = Instant::now();
         let backend = Backend::new(&options.device, options.cpu)?;
         let weights = SyntheticWeights::new(&config, 0);
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
         let decoder = Decoder::load(&backend, config, &weights, context, progress)?;
-        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: None, load_time: start.elapsed() })
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: None, adapter: None, load_time: start.elapsed() })
     }
 
     /// What was loaded, and how it runs.
@@ -155,6 +173,7 @@ impl LoadedDecoder {
             context: self.decoder.context(),
             kv_dtype: self.kv_dtype,
             footprint: self.decoder.footprint(),
+            adapter: self.adapter.clone(),
             load_time: self.load_time,
         }
     }
@@ -179,14 +198,16 @@ pub struct Report {
     pub kv_dtype: DenseType,
     /// Bytes of the weights.
     pub footprint: Footprint,
+    /// The adapter beside them.
+    pub adapter: Option<AdapterReport>,
     /// Time that loading took.
     pub load_time: Duration,
 }
 
 impl Report {
-    /// Bytes of weights that a decoded token reads: ternary, unconverted and head.
+    /// Bytes of weights that a decoded token reads: ternary, unconverted, adapter and head.
     pub fn bytes_per_token(&self) -> usize {
-        self.footprint.ternary + self.footprint.dense + self.footprint.head
+        self.footprint.ternary + self.footprint.dense + self.footprint.adapter + self.footprint.head
     }
 
     /// Bytes that a position keeps in the KV cache.
@@ -218,7 +239,47 @@ impl std::fmt::Display for Report {
             self.kv_bytes_per_position() as f64 / 1e3,
             self.context,
             self.load_time.as_secs_f64(),
-        )
+        )?;
+        self.adapter.iter().try_for_each(|adapter| write!(f, "; {adapter}"))
+    }
+}
+
+/// A LoRA adapter that was loaded.
+#[derive(Debug, Clone)]
+pub struct AdapterReport {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its rank, where no module has another.
+    pub rank: usize,
+    /// `lora_alpha`, where no module has another.
+    pub alpha: f32,
+    /// Modules that it adapts.
+    pub modules: usize,
+    /// Numbers in its matrices.
+    pub parameters: u64,
+    /// The model that it says it was trained on.
+    pub base_model: Option<String>,
+}
+
+impl AdapterReport {
+    fn new(adapter: &Adapter) -> Self {
+        let config = adapter.config();
+        Self {
+            dir: adapter.dir().to_owned(),
+            rank: config.rank,
+            alpha: config.alpha,
+            modules: adapter.modules().len(),
+            parameters: adapter.parameters(),
+            base_model: config.base_model.clone(),
+        }
+    }
+}
+
+impl std::fmt::Display for AdapterReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (dir, parameters) = (self.dir.display(), self.parameters as f64 / 1e6);
+        let (rank, alpha, modules) = (self.rank, self.alpha, self.modules);
+        write!(f, "adapter {dir}: r {rank}, alpha {alpha}, {modules} modules, {parameters:.2} M parameters")
     }
 }
 

@@ -34,5 +34,5 @@ pub mod text;
 pub mod train;
 
 pub use backend::{DeviceChoice, select_device};
-pub use bitnet::{BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
+pub use bitnet::{AdapterReport, BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
 pub use error::{Error, Result};

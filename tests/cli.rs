@@ -1,5 +1,7 @@
 //! The program as its user runs it: what it prints, what it writes, and how it fails.
 
+#[path = "cli/adapter.rs"]
+mod adapter;
 #[path = "cli/chat.rs"]
 mod chat;
 mod common;

@@ -14,4 +14,4 @@ mod select;
 pub use dense_type::DenseType;
 pub use layout::LayoutId;
 pub(crate) use select::not_built;
-pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, TernaryWeight, select_device};
+pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, LowRankWeight, TernaryWeight, select_device};

@@ -1,7 +1,7 @@
 //! The choice of the device, made once, at load.
 
 use super::attention::AttentionShape;
-use super::cpu::{Cpu, CpuDense, CpuKv, CpuOptions, CpuTernary, Segment};
+use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions, CpuTernary, Segment};
 use super::dense_type::DenseType;
 use super::host::MappedFile;
 use super::layout::LayoutId;
@@ -142,6 +142,14 @@ impl Backend {
         CpuDense::owned(dtype, rows, cols, fill).map(DenseWeight::Cpu)
     }
 
+    /// A low-rank update `scaling · B · A`, from row-major A `[rank, cols]` and B `[rows, rank]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `a` or `b` is no such matrix, [`Error::Unavailable`] if memory is short.
+    pub fn low_rank(&self, rank: usize, a: &[f32], b: &[f32], scaling: f32) -> Result<LowRankWeight> {
+        CpuLowRank::pack(rank, a, b, scaling).map(LowRankWeight::Cpu)
+    }
+
     /// Keys and values of one layer.
     ///
     /// # Errors
@@ -244,6 +252,51 @@ impl DenseWeight {
     pub fn host_bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Cpu(w) => Some(w.bytes()),
+        }
+    }
+}
+
+/// A low-rank update on a device.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum LowRankWeight {
+    /// In this machine's memory.
+    Cpu(CpuLowRank),
+}
+
+impl LowRankWeight {
+    /// Inner dimension.
+    pub fn rank(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.rank(),
+        }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.rows(),
+        }
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.cols(),
+        }
+    }
+
+    /// Stored bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.data().iter().map(|d| d.len()).sum(),
+        }
+    }
+
+    /// The stored bytes of both matrices, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<[&[u8]; 2]> {
+        match self {
+            Self::Cpu(w) => Some(w.data()),
         }
     }
 }

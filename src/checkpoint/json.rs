@@ -45,6 +45,11 @@ impl Fields {
     pub fn get(&self, key: &str) -> Option<&Node> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v).filter(|v| **v != Node::Null)
     }
+
+    /// All keys with their values, in the file's order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Node)> {
+        self.0.iter().map(|(k, v)| (k.as_str(), v))
+    }
 }
 
 /// Reads an object, keeping what stands under the `known` keys.
@@ -52,9 +57,21 @@ impl Fields {
 /// # Errors
 /// A message for malformed JSON, a known key given twice, or more than [`MAX_CONFIG_VALUES`] values kept.
 pub(crate) fn parse(text: &str, known: &[&str]) -> Result<Fields, String> {
+    read(text, Some(known))
+}
+
+/// Reads an object with all of its keys.
+///
+/// # Errors
+/// As [`parse`], for every key.
+pub(crate) fn parse_all(text: &str) -> Result<Fields, String> {
+    read(text, None)
+}
+
+fn read(text: &str, known: Option<&[&str]>) -> Result<Fields, String> {
     let budget = Cell::new(MAX_CONFIG_VALUES);
     let mut json = serde_json::Deserializer::from_str(text);
-    let object = ObjectSeed { known: Some(known), budget: &budget };
+    let object = ObjectSeed { known, budget: &budget };
     object
         .deserialize(&mut json)
         .and_then(|v| json.end().map(|()| v))

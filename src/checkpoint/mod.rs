@@ -4,6 +4,7 @@
 //! A checkpoint is untrusted input. [`header`] checks every length and offset of a file against its size,
 //! [`limits`] names the limits, and errors name the file and the tensor. SECURITY.md says what is promised.
 
+pub mod adapter;
 mod dense;
 pub mod header;
 pub mod hub;

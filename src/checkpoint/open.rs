@@ -208,7 +208,7 @@ fn open_shards(dir: &Path, index_path: PathBuf) -> Result<Opened> {
 }
 
 /// Maps a file that is a regular one; the check comes first because opening a pipe would wait for its writer.
-fn map(path: &Path) -> Result<MappedFile> {
+pub(super) fn map(path: &Path) -> Result<MappedFile> {
     check_regular(path)?;
     MappedFile::open(path)
 }

@@ -4,7 +4,7 @@ mod prompts;
 mod spread;
 
 use super::greedy_sampler;
-use super::model_args::{HubArgs, RunArgs};
+use super::model_args::{HubArgs, RunArgs, warn_of_other_base};
 use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::cpu::read_bandwidth;
@@ -40,6 +40,10 @@ pub struct Args {
     /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
     #[arg(long, value_name = "PRESET", conflicts_with = "prompts")]
     synthetic: Option<String>,
+
+    /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
+    #[arg(long, value_name = "DIR", conflicts_with = "synthetic")]
+    adapter: Option<PathBuf>,
 
     /// Tokens to prefill
     #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true)]
@@ -88,6 +92,7 @@ struct Report {
     bytes_per_token_ternary: usize,
     bytes_per_token_head: usize,
     bytes_per_token_dense: usize,
+    bytes_per_token_adapter: usize,
     /// Mean over the decoded positions.
     bytes_per_token_kv: usize,
     decode_gbps: f64,
@@ -109,10 +114,12 @@ pub fn run(args: Args) -> Result<()> {
             return Err(Error::request(flag, reason).into());
         }
     }
-    let mut options = args.run.options()?.hub(args.hub.options());
+    let mut options = args.run.options()?.hub(args.hub.options()).adapter(args.adapter.clone());
     if let (Some(file), Some(model)) = (&args.prompts, &args.model) {
         let list = prompts::read(file)?;
-        return prompts::run(&mut BitNet::load(model, options)?, &list, args.tg, args.json);
+        let mut loaded = BitNet::load(model, options)?;
+        warn_of_other_base(model, loaded.report().adapter.as_ref());
+        return prompts::run(&mut loaded, &list, args.tg, args.json);
     }
     if args.run.context.is_none() {
         // Just what the run needs, so that the memory reported is the model's.
@@ -130,6 +137,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         e => e,
     })?;
+    warn_of_other_base(&name, loaded.adapter.as_ref());
     let report = measure(name, &loaded, &args)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
     print(&text)
@@ -173,6 +181,7 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
         bytes_per_token_ternary: about.footprint.ternary,
         bytes_per_token_head: about.footprint.head,
         bytes_per_token_dense: about.footprint.dense,
+        bytes_per_token_adapter: about.footprint.adapter,
         bytes_per_token_kv: kv,
         decode_gbps,
         read_gbps,
@@ -235,7 +244,7 @@ fn describe(r: &Report) -> String {
         mb(r.bytes_per_token),
         mb(r.bytes_per_token_ternary),
         mb(r.bytes_per_token_head),
-        mb(r.bytes_per_token_dense),
+        mb(r.bytes_per_token_dense + r.bytes_per_token_adapter),
         mb(r.bytes_per_token_kv),
         r.decode_gbps,
         r.read_gbps,

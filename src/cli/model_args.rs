@@ -4,10 +4,11 @@ use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::hub::HubOptions;
-use candle_bitnet::{BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
+use candle_bitnet::{AdapterReport, BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
@@ -101,6 +102,10 @@ pub struct ModelArgs {
     #[arg(short, long, value_name = "MODEL")]
     pub model: String,
 
+    /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+
     #[command(flatten)]
     pub run: RunArgs,
 
@@ -110,7 +115,7 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     fn options(&self) -> Result<LoadOptions> {
-        Ok(self.run.options()?.hub(self.hub.options()))
+        Ok(self.run.options()?.hub(self.hub.options()).adapter(self.adapter.clone()))
     }
 
     /// Loads the model with its text tools, and says on a terminal what was decided.
@@ -119,11 +124,53 @@ impl ModelArgs {
         if std::io::stderr().is_terminal() {
             eprintln!("{}", model.report());
         }
+        warn_of_other_base(&self.model, model.report().adapter.as_ref());
         Ok(model)
     }
 
     /// Loads the decoder alone.
     pub fn load_decoder(&self) -> Result<LoadedDecoder> {
-        Ok(LoadedDecoder::load(&self.model, &self.options()?)?)
+        let loaded = LoadedDecoder::load(&self.model, &self.options()?)?;
+        warn_of_other_base(&self.model, loaded.adapter.as_ref());
+        Ok(loaded)
+    }
+}
+
+/// Says on standard error that an adapter names another model than it runs on; its shapes fit, so it may be right.
+pub fn warn_of_other_base(model: &str, adapter: Option<&AdapterReport>) {
+    if let Some(base) = adapter.and_then(|a| a.base_model.as_deref()).filter(|base| !same_model(base, model)) {
+        let base: String = base.chars().take(200).collect();
+        // Standard error may be closed; that is no reason to fail.
+        let _ = writeln!(std::io::stderr(), "warning: the adapter was trained on {base:?}, and runs on {model:?}");
+    }
+}
+
+/// Whether two paths or hub ids may be one model: their last parts are equal, or one goes on after the other, as a
+/// packed repository and its `-bf16` masters do.
+fn same_model(a: &str, b: &str) -> bool {
+    let last = |name: &str| {
+        let name = name.split_once('@').map_or(name, |(id, _)| id);
+        name.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or_default().to_ascii_lowercase()
+    };
+    let (a, b) = (last(a), last(b));
+    // "." and ".." name nothing.
+    a.is_empty() || b.is_empty() || a.ends_with('.') || b.ends_with('.') || a.starts_with(&b) || b.starts_with(&a)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapters_base_is_compared_by_its_last_part() {
+        for (a, b) in [
+            ("microsoft/bitnet-b1.58-2B-4T-bf16", "microsoft/bitnet-b1.58-2B-4T@main"),
+            ("/data/models/Falcon/", "tiiuae/falcon"),
+            ("x/y", "."),
+            ("", "a"),
+        ] {
+            assert!(same_model(a, b), "{a} {b}");
+        }
+        assert!(!same_model("tiiuae/Falcon3-1B", "tiiuae/Falcon3-3B"));
     }
 }

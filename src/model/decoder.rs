@@ -5,7 +5,7 @@ use super::source::WeightSource;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::cpu::Gate;
 use crate::backend::{Backend, DenseType, DenseWeight};
-use crate::nn::{KvCache, Linear, LinearGroup, LinearParts, RmsNorm};
+use crate::nn::{KvCache, Linear, LinearGroup, LinearParts, LowRank, RmsNorm};
 use crate::ops::{self, AttentionInput};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -42,6 +42,8 @@ pub struct Footprint {
     pub embedding: usize,
     /// Projections that are not ternary.
     pub dense: usize,
+    /// The adapter's matrices.
+    pub adapter: usize,
     /// Elements of keys and values of one position.
     pub kv_elements_per_position: usize,
 }
@@ -61,7 +63,13 @@ struct Layer {
 impl Layer {
     fn host_bytes(&self) -> impl Iterator<Item = &[u8]> {
         let qkv = self.qkv.host_bytes().into_iter().chain(self.output.host_bytes());
-        qkv.chain(self.gate_up.host_bytes()).chain(self.down.host_bytes())
+        let weights = qkv.chain(self.gate_up.host_bytes()).chain(self.down.host_bytes());
+        weights.chain(self.adapters().filter_map(|a| a.weight().host_bytes()).flatten())
+    }
+
+    fn adapters(&self) -> impl Iterator<Item = &LowRank> {
+        let groups = [&self.qkv, &self.gate_up].into_iter().flat_map(LinearGroup::adapters);
+        groups.chain([&self.output, &self.down].into_iter().filter_map(Linear::adapter))
     }
 }
 
@@ -165,6 +173,7 @@ impl Decoder {
         Footprint {
             ternary,
             dense,
+            adapter: self.layers.iter().flat_map(Layer::adapters).map(|a| a.weight().bytes()).sum(),
             head: self.head.bytes(),
             embedding: if self.config.tied_embeddings { 0 } else { self.embedding.bytes() },
             kv_elements_per_position: 2 * self.layers.len() * self.shape.kv_heads * self.shape.head_dim,
@@ -267,6 +276,7 @@ fn load_layer(
         *decoded[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(weight);
     });
     let mut parts = Vec::with_capacity(7);
+    let mut adapters = Vec::with_capacity(7);
     for (slot, which) in decoded.into_iter().zip(Projection::ALL) {
         let name = config.projection_name(index, which);
         let weight = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -280,23 +290,27 @@ fn load_layer(
             }
         };
         parts.push(LinearParts { weight, norm });
+        adapters.push(source.adapter(backend, index, which)?);
     }
-    let mut parts = parts.into_iter();
-    let mut take = |n: usize| -> Vec<LinearParts> { parts.by_ref().take(n).collect() };
+    let (mut parts, mut adapters) = (parts.into_iter(), adapters.into_iter());
+    let mut take = |n: usize| -> (Vec<LinearParts>, Vec<Option<LowRank>>) {
+        (parts.by_ref().take(n).collect(), adapters.by_ref().take(n).collect())
+    };
     let (qkv, mut output, gate_up, mut down) = (take(3), take(1), take(2), take(1));
-    let one = |parts: &mut Vec<LinearParts>| match parts.pop() {
-        Some(p) => Linear::new(backend, p),
+    let one = |(parts, adapters): &mut (Vec<LinearParts>, Vec<Option<LowRank>>)| match parts.pop() {
+        Some(p) => Linear::new(backend, p)?.with_adapter(adapters.pop().flatten()),
         None => Err(Error::Shape { op: "load", reason: "a layer has seven projections".into() }),
     };
+    let group = |(parts, adapters)| LinearGroup::new(backend, parts)?.with_adapters(adapters);
     let name = |path: &str| format!("model.layers.{index}.{path}.weight");
     let sub = |path: &str, len: usize| config.sub_norms.then(|| norm(&name(path), len)).transpose();
     Ok(Layer {
         input_norm: norm(&name("input_layernorm"), config.hidden_size)?,
-        qkv: LinearGroup::new(backend, qkv)?,
+        qkv: group(qkv)?,
         attention_sub_norm: sub("self_attn.attn_sub_norm", config.q_size())?,
         output: one(&mut output)?,
         post_attention_norm: norm(&name("post_attention_layernorm"), config.hidden_size)?,
-        gate_up: LinearGroup::new(backend, gate_up)?,
+        gate_up: group(gate_up)?,
         mlp_sub_norm: sub("mlp.ffn_sub_norm", config.intermediate_size)?,
         down: one(&mut down)?,
     })

@@ -7,4 +7,4 @@ pub mod presets;
 mod source;
 
 pub use decoder::{Decoder, Footprint, Logits, Sequence};
-pub use source::{CheckpointWeights, WeightSource};
+pub use source::{AdaptedWeights, CheckpointWeights, WeightSource};

@@ -3,8 +3,9 @@
 use super::config::{ModelConfig, Projection};
 use super::presets::SyntheticWeights;
 use crate::backend::{Backend, DenseType, DenseWeight};
+use crate::checkpoint::adapter::{Adapter, tensor_names};
 use crate::checkpoint::{self, Checkpoint};
-use crate::nn::LinearWeight;
+use crate::nn::{LinearWeight, LowRank};
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 
@@ -27,6 +28,14 @@ pub trait WeightSource: Sync {
     /// # Errors
     /// If it is missing or malformed.
     fn dense(&self, backend: &Backend, name: &str, rows: usize, cols: usize) -> Result<DenseWeight>;
+
+    /// The low-rank update of a projection, if it has one.
+    ///
+    /// # Errors
+    /// If it is malformed.
+    fn adapter(&self, _backend: &Backend, _layer: usize, _which: Projection) -> Result<Option<LowRank>> {
+        Ok(None)
+    }
 }
 
 /// The weights of a checkpoint, read as its configuration says.
@@ -114,5 +123,78 @@ impl WeightSource for SyntheticWeights {
 
     fn dense(&self, backend: &Backend, name: &str, rows: usize, cols: usize) -> Result<DenseWeight> {
         backend.dense_filled(DenseType::BF16, rows, cols, |out| self.dense_bf16(name, cols, 0, out))
+    }
+}
+
+/// The weights of another source with a LoRA adapter beside them.
+pub struct AdaptedWeights<'a> {
+    base: &'a dyn WeightSource,
+    adapter: &'a Adapter,
+    config: &'a ModelConfig,
+}
+
+impl<'a> AdaptedWeights<'a> {
+    /// Puts an adapter beside the weights of a model.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for a matrix that belongs to no projection of this model, or to one of another shape, and for
+    /// one that is missing although the adapter's configuration targets its projection.
+    pub fn new(base: &'a dyn WeightSource, adapter: &'a Adapter, config: &'a ModelConfig) -> Result<Self> {
+        let file = adapter.weights_file();
+        let mut found = 0;
+        for layer in 0..config.num_layers {
+            for (name, rows, cols) in config.linears(layer) {
+                let [a, b] = tensor_names(&name);
+                let Some(module) = adapter.module(&name) else {
+                    if adapter.config().targets(&name) {
+                        return Err(Error::tensor(file, a, "missing, although target_modules calls for it"));
+                    }
+                    continue;
+                };
+                found += 1;
+                let other = |tensor: String, shape: [usize; 2], expected: [usize; 2]| {
+                    let reason = format!("shape {shape:?} where this model needs {expected:?}: it adapts another base");
+                    Err(Error::tensor(file, tensor, reason))
+                };
+                let rank = module.rank();
+                if module.a.cols != cols {
+                    return other(a, [rank, module.a.cols], [rank, cols]);
+                }
+                if module.b.rows != rows {
+                    return other(b, [module.b.rows, rank], [rows, rank]);
+                }
+            }
+        }
+        if found < adapter.modules().len() {
+            let known: Vec<String> = (0..config.num_layers).flat_map(|l| config.linears(l)).map(|l| l.0).collect();
+            if let Some(module) = adapter.modules().iter().find(|m| !known.contains(&m.name)) {
+                let [a, _] = tensor_names(&module.name);
+                let reason = format!("no projection of this model of {} layers has this name", config.num_layers);
+                return Err(Error::tensor(file, a, reason));
+            }
+        }
+        Ok(Self { base, adapter, config })
+    }
+}
+
+impl WeightSource for AdaptedWeights<'_> {
+    fn linear(&self, backend: &Backend, layer: usize, which: Projection) -> Result<LinearWeight> {
+        self.base.linear(backend, layer, which)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        self.base.vector(name, len)
+    }
+
+    fn dense(&self, backend: &Backend, name: &str, rows: usize, cols: usize) -> Result<DenseWeight> {
+        self.base.dense(backend, name, rows, cols)
+    }
+
+    fn adapter(&self, backend: &Backend, layer: usize, which: Projection) -> Result<Option<LowRank>> {
+        let Some(module) = self.adapter.module(&self.config.projection_name(layer, which)) else {
+            return self.base.adapter(backend, layer, which);
+        };
+        let (a, b) = module.matrices()?;
+        LowRank::new(backend, module.rank(), &a, &b, module.scaling).map(Some)
     }
 }

@@ -1,6 +1,6 @@
 //! Linear layers of a b1.58 decoder: ternary or left dense, alone or several over one input.
 
-use super::RmsNorm;
+use super::{LowRank, RmsNorm};
 use crate::backend::cpu::Gate;
 use crate::backend::{Backend, DenseWeight, TernaryWeight};
 use crate::ops::{self, Quantized};
@@ -37,6 +37,7 @@ enum Weight {
 pub struct Linear {
     weight: Weight,
     norm: Option<RmsNorm>,
+    adapter: Option<LowRank>,
 }
 
 impl Linear {
@@ -49,10 +50,24 @@ impl Linear {
             LinearWeight::Ternary(ternary) => Weight::Ternary(backend.pack(&[ternary])?),
             LinearWeight::Dense(dense) => Weight::Dense(dense),
         };
-        Ok(Self { weight, norm: parts.norm })
+        Ok(Self { weight, norm: parts.norm, adapter: None })
     }
 
-    /// `W · quantise(norms(x))`, plus `residual`: f32 `[tokens, rows]`. `norm` comes before the layer's own.
+    /// Adds a low-rank update of the layer's input, which is that before its own norm.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an update of another shape.
+    pub fn with_adapter(self, adapter: Option<LowRank>) -> Result<Self> {
+        let (rows, cols) = match &self.weight {
+            Weight::Ternary(w) => (w.rows(), w.cols()),
+            Weight::Dense(w) => (w.rows(), w.cols()),
+        };
+        adapter.iter().try_for_each(|a| a.check(rows, cols))?;
+        Ok(Self { adapter, ..self })
+    }
+
+    /// `W · quantise(norms(x))`, plus the adapter's update, plus `residual`: f32 `[tokens, rows]`. `norm` comes before
+    /// the layer's own.
     ///
     /// # Errors
     /// Of candle, if shapes or types do not fit.
@@ -63,6 +78,16 @@ impl Linear {
         norm: Option<&RmsNorm>,
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let Some(adapter) = &self.adapter else { return self.base(backend, x, norm, residual) };
+        let normed = norm.map(|n| n.forward(backend, x)).transpose()?;
+        let h = normed.as_ref().unwrap_or(x);
+        // The update goes where the residual goes, so that the product stays one operation.
+        let update = adapter.forward(backend, h, residual)?;
+        self.base(backend, h, None, Some(&update))
+    }
+
+    /// [`Linear::forward`] without the adapter.
+    fn base(&self, backend: &Backend, x: &Tensor, norm: Option<&RmsNorm>, residual: Option<&Tensor>) -> Result<Tensor> {
         let normed;
         let (x, last) = match (norm, &self.norm, &self.weight) {
             (Some(first), own @ Some(_), _) => {
@@ -103,7 +128,7 @@ impl Linear {
         residual: Option<&Tensor>,
     ) -> Result<Tensor> {
         match (&self.weight, norm, &self.norm) {
-            (Weight::Ternary(w), norm, own) if norm.is_none() || own.is_none() => {
+            (Weight::Ternary(w), norm, own) if self.adapter.is_none() && (norm.is_none() || own.is_none()) => {
                 let norm = norm.or(own.as_ref()).map(|n| (n.weight(), n.eps()));
                 let q = ops::gated_quantize(backend, gate, gate_up, norm)?;
                 ops::linear(backend, w, &q, residual)
@@ -112,7 +137,7 @@ impl Linear {
         }
     }
 
-    /// Bytes that a decode step reads.
+    /// Bytes that a decode step reads of the weight.
     pub fn bytes(&self) -> usize {
         match &self.weight {
             Weight::Ternary(w) => w.bytes(),
@@ -120,12 +145,17 @@ impl Linear {
         }
     }
 
-    /// The stored bytes, where this machine's memory holds them.
+    /// The weight's stored bytes, where this machine's memory holds them.
     pub fn host_bytes(&self) -> Option<&[u8]> {
         match &self.weight {
             Weight::Ternary(w) => w.host_bytes(),
             Weight::Dense(w) => w.host_bytes(),
         }
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> Option<&LowRank> {
+        self.adapter.as_ref()
     }
 
     /// Whether the weight is ternary.
@@ -140,6 +170,8 @@ impl Linear {
 pub enum LinearGroup {
     /// One packed weight, one quantised input, one dispatch.
     Stacked(TernaryWeight),
+    /// The same, with adapters on some of the stacked layers.
+    Adapted(TernaryWeight, Vec<Option<LowRank>>),
     /// Layers with their own norms, or dense ones.
     Separate(Vec<Linear>),
 }
@@ -166,6 +198,32 @@ impl LinearGroup {
         Ok(Self::Stacked(backend.pack(&ternary)?))
     }
 
+    /// Adds low-rank updates to the layers, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an update of another shape than its layer, or another number of them.
+    pub fn with_adapters(self, adapters: Vec<Option<LowRank>>) -> Result<Self> {
+        let layers = match &self {
+            Self::Stacked(w) | Self::Adapted(w, _) => w.segments().len(),
+            Self::Separate(layers) => layers.len(),
+        };
+        if adapters.len() != layers {
+            let reason = format!("{} adapters for {layers} layers", adapters.len());
+            return Err(Error::Shape { op: "linear group", reason });
+        }
+        match self {
+            Self::Separate(layers) => {
+                let layers = layers.into_iter().zip(adapters).map(|(l, a)| l.with_adapter(a));
+                Ok(Self::Separate(layers.collect::<Result<_>>()?))
+            }
+            Self::Stacked(w) | Self::Adapted(w, _) => {
+                let mut pairs = adapters.iter().zip(w.segments());
+                pairs.try_for_each(|(a, s)| a.iter().try_for_each(|a| a.check(s.rows, w.cols())))?;
+                Ok(if adapters.iter().all(Option::is_none) { Self::Stacked(w) } else { Self::Adapted(w, adapters) })
+            }
+        }
+    }
+
     /// All outputs side by side, f32 `[tokens, Σ rows]`, of the normalised f32 `x` `[tokens, cols]`.
     ///
     /// # Errors
@@ -176,6 +234,18 @@ impl LinearGroup {
                 let q: Quantized = ops::norm_quantize(backend, x, norm.weight(), norm.eps())?;
                 ops::linear(backend, weight, &q, None)
             }
+            Self::Adapted(weight, adapters) => {
+                // The adapters need the input that the fused step would not leave behind.
+                let h = norm.forward(backend, x)?;
+                let mut updates = Vec::with_capacity(adapters.len());
+                let mut first = 0;
+                for (adapter, segment) in adapters.iter().zip(weight.segments()) {
+                    updates.extend(adapter.iter().map(|a| (first, a.weight())));
+                    first += segment.rows;
+                }
+                let updates = ops::low_rank(backend, &updates, &h, None, weight.rows())?;
+                ops::linear(backend, weight, &ops::quantize(backend, &h)?, Some(&updates))
+            }
             Self::Separate(layers) => {
                 let x = norm.forward(backend, x)?;
                 let parts: Result<Vec<_>> = layers.iter().map(|l| l.forward(backend, &x, None, None)).collect();
@@ -184,18 +254,27 @@ impl LinearGroup {
         }
     }
 
-    /// The stored bytes, where this machine's memory holds them.
+    /// The adapters that there are.
+    pub fn adapters(&self) -> Vec<&LowRank> {
+        match self {
+            Self::Stacked(_) => Vec::new(),
+            Self::Adapted(_, adapters) => adapters.iter().flatten().collect(),
+            Self::Separate(layers) => layers.iter().filter_map(Linear::adapter).collect(),
+        }
+    }
+
+    /// The weights' stored bytes, where this machine's memory holds them.
     pub fn host_bytes(&self) -> Vec<&[u8]> {
         match self {
-            Self::Stacked(w) => w.host_bytes().into_iter().collect(),
+            Self::Stacked(w) | Self::Adapted(w, _) => w.host_bytes().into_iter().collect(),
             Self::Separate(layers) => layers.iter().filter_map(Linear::host_bytes).collect(),
         }
     }
 
-    /// Bytes that a decode step reads: ternary, dense.
+    /// Bytes that a decode step reads of the weights: ternary, dense.
     pub fn bytes(&self) -> (usize, usize) {
         match self {
-            Self::Stacked(w) => (w.bytes(), 0),
+            Self::Stacked(w) | Self::Adapted(w, _) => (w.bytes(), 0),
             Self::Separate(layers) => layers.iter().fold((0, 0), |(ternary, dense), l| {
                 if l.is_ternary() { (ternary + l.bytes(), dense) } else { (ternary, dense + l.bytes()) }
             }),

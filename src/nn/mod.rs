@@ -3,9 +3,11 @@
 mod bit_linear;
 mod kv_cache;
 mod linear;
+mod low_rank;
 mod norm;
 
 pub use bit_linear::BitLinear;
 pub use kv_cache::KvCache;
 pub use linear::{Linear, LinearGroup, LinearParts, LinearWeight};
+pub use low_rank::LowRank;
 pub use norm::RmsNorm;

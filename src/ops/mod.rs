@@ -8,12 +8,14 @@ mod attention;
 mod dense;
 pub mod grad;
 mod linear;
+mod low_rank;
 mod norm;
 mod quantize;
 
 pub use attention::{AttentionInput, attention, rope};
 pub use dense::{dense_linear, embed};
 pub use linear::linear;
+pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};
 pub use quantize::{Quantized, gated_quantize, norm_quantize, quantize};
 

@@ -169,7 +169,7 @@ fn prefetch<E>(w: &[E; SUMS]) {
 
 per_isa! {
     /// Rows of `w` times all tokens of `x`: `out[t · stride + r]`.
-    fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], stride: usize, out: SendPtr<f32>) {
+    pub(super) fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], stride: usize, out: SendPtr<f32>) {
         let tokens = x.len() / cols;
         let token = |t: usize| &x[t * cols..][..cols];
         let put = |t: usize, r: usize, v: f32| {

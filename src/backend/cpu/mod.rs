@@ -11,6 +11,7 @@ mod isa;
 mod kernel;
 mod lanes;
 mod linear;
+mod low_rank;
 mod norm;
 mod pool;
 mod simd;
@@ -24,6 +25,7 @@ pub use attention::CpuKv;
 pub use bandwidth::{bandwidth_buffer, read_bandwidth};
 pub use dense::CpuDense;
 pub use kernel::{KernelKind, TernaryKernel};
+pub use low_rank::CpuLowRank;
 pub use norm::Gate;
 pub use pool::Pool;
 pub use tiles::{CpuTernary, MAX_COLS, Segment};
@@ -258,6 +260,25 @@ impl Cpu {
     /// [`Error::Shape`] for operands that do not fit.
     pub fn dense_linear(&self, w: &CpuDense, x: &[f32], out: &mut [f32]) -> Result<()> {
         dense::dense_linear(self.isa, &self.pool, w, x, out)
+    }
+
+    /// Adds low-rank updates of rows of `cols` inputs to rows of `stride` outputs, each from the row on that stands
+    /// beside it; they are in order and do not overlap.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn low_rank(
+        &self,
+        updates: &[(usize, &CpuLowRank)],
+        x: &[f32],
+        cols: usize,
+        stride: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
+        if updates.iter().any(|(_, w)| w.cols() != cols) {
+            return Err(shape_error("low-rank update", x.len(), cols, out.len()));
+        }
+        low_rank::low_rank(self.isa, &self.pool, updates, x, stride, out)
     }
 
     /// Rows `ids` of an embedding, widened to f32.

@@ -1,0 +1,47 @@
+//! LoRA's update of a linear layer (Hu et al., 2021), kept beside the weight and not merged into it.
+
+use crate::backend::{Backend, LowRankWeight};
+use crate::{Error, Result, ops};
+use candle_core::Tensor;
+
+/// `scaling · B · (A · h)`, with A `[rank, cols]` and B `[rows, rank]` in f32.
+///
+/// `h` is the layer's own input before its activations are quantised, as PEFT wraps a module: nothing of the update
+/// is quantised. A token's update does not depend on what is computed with it, nor on threads or kernel.
+#[derive(Debug)]
+pub struct LowRank {
+    weight: LowRankWeight,
+}
+
+impl LowRank {
+    /// An update with row-major A `[rank, cols]` and B `[rows, rank]`.
+    ///
+    /// # Errors
+    /// As [`Backend::low_rank`].
+    pub fn new(backend: &Backend, rank: usize, a: &[f32], b: &[f32], scaling: f32) -> Result<Self> {
+        Ok(Self { weight: backend.low_rank(rank, a, b, scaling)? })
+    }
+
+    /// The matrices.
+    pub fn weight(&self) -> &LowRankWeight {
+        &self.weight
+    }
+
+    /// The update of f32 `h` `[tokens, cols]`, plus `residual` if given: f32 `[tokens, rows]`.
+    ///
+    /// # Errors
+    /// Of candle, if shapes or types do not fit.
+    pub fn forward(&self, backend: &Backend, h: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        ops::low_rank(backend, &[(0, &self.weight)], h, residual, self.weight.rows())
+    }
+
+    /// Refuses an update for a layer of another shape.
+    pub(super) fn check(&self, rows: usize, cols: usize) -> Result<()> {
+        let own = (self.weight.rows(), self.weight.cols());
+        if own == (rows, cols) {
+            return Ok(());
+        }
+        let reason = format!("of [{}, {}] for a layer of [{rows}, {cols}]", own.0, own.1);
+        Err(Error::Shape { op: "low-rank update", reason })
+    }
+}
