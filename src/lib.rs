@@ -25,6 +25,7 @@ pub mod backend;
 mod bitnet;
 pub mod checkpoint;
 mod error;
+pub mod evaluate;
 pub mod generate;
 pub mod model;
 pub mod nn;

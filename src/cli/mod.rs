@@ -11,6 +11,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 mod model_args;
+pub mod perplexity;
 mod sampling_args;
 pub mod synth;
 
@@ -34,6 +35,7 @@ pub enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Bench(bench::Args),
+    Perplexity(perplexity::Args),
     Inspect(inspect::Args),
     Doctor(doctor::Args),
     Logits(logits::Args),
@@ -48,6 +50,7 @@ impl Command {
             Self::Generate(args) => generate::run(args),
             Self::Chat(args) => chat::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::Perplexity(args) => perplexity::run(args),
             Self::Inspect(args) => inspect::run(args),
             Self::Doctor(args) => doctor::run(args),
             Self::Logits(args) => logits::run(args),
