@@ -9,6 +9,8 @@ mod generate;
 mod hostile;
 #[path = "cli/logits.rs"]
 mod logits;
+#[path = "cli/perplexity.rs"]
+mod perplexity;
 #[path = "cli/tools.rs"]
 mod tools;
 
@@ -76,7 +78,7 @@ fn run_with(args: &[&str], stdin: &str) -> Ran {
 fn help_and_version_are_there() {
     assert_eq!(run(&["--version"]).ok(), format!("bitnet {}\n", env!("CARGO_PKG_VERSION")));
     let help = run(&["--help"]).ok();
-    for command in ["generate", "chat", "bench", "inspect", "doctor", "logits", "synth", "completions"] {
+    for command in ["generate", "chat", "bench", "perplexity", "inspect", "doctor", "logits", "synth", "completions"] {
         assert!(help.contains(&format!("  {command} ")), "{help}");
         let own = run(&[command, "--help"]).ok();
         assert!(own.contains(&format!("Usage: bitnet {command}")), "{own}");

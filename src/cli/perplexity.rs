@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     batch: Option<usize>,
 
-    /// Score only the first N tokens of the text
+    /// Score at most N tokens, from the text's begin, and no half characters
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
 
@@ -195,24 +195,25 @@ impl Part {
         nothing_before: bool,
         most: Option<usize>,
     ) -> Result<Self, String> {
-        let changed = "the tokenizer changes this text, so that the bytes of its";
+        let bytes_of = |n| Some((n, bytes_of(tokenizer, text, ids.get(..n)?)?));
         let (begin, skipped) = match nothing_before {
             false => (0, 0),
-            true => (1..=ids.len().min(CHARACTER_TOKENS))
-                .find_map(|n| Some((n, bytes_of(tokenizer, text, &ids[..n])?)))
-                .ok_or_else(|| format!("{changed} first token are not known; leave out --no-bos"))?,
+            true => (1..=CHARACTER_TOKENS.min(ids.len())).find_map(bytes_of).unwrap_or((ids.len(), 0)),
         };
-        let end = most.map_or(ids.len(), |most| begin.saturating_add(most).min(ids.len()));
-        let (end, bytes) = match end == ids.len() {
-            true => (end, text.len()),
-            false => (begin.max(end.saturating_sub(CHARACTER_TOKENS))..=end)
-                .rev()
-                .find_map(|n| Some((n, bytes_of(tokenizer, text, &ids[..n])?)))
-                .ok_or_else(|| format!("{changed} first {end} tokens are not known; cut the text instead"))?,
-        };
-        if end == begin {
-            return Err("too short: nothing to predict; give a longer text, or a larger --max-tokens".into());
+        if begin == ids.len() {
+            let reason = "nothing to predict after the first character, or the tokenizer changes it; give a longer text, or \
+                          one that begins otherwise";
+            return Err(reason.into());
         }
+        let end = most.map_or(ids.len(), |most| begin.saturating_add(most).min(ids.len()));
+        if end == ids.len() {
+            return Ok(Self { begin, end, bytes: text.len() - skipped });
+        }
+        let earliest = end.saturating_sub(CHARACTER_TOKENS).max(begin + 1);
+        let (end, bytes) = (earliest..=end).rev().find_map(bytes_of).ok_or(
+            "cannot be cut by --max-tokens: its first tokens hold no whole character, or the tokenizer changes the \
+             text; raise --max-tokens, or cut the file instead",
+        )?;
         Ok(Self { begin, end, bytes: bytes - skipped })
     }
 }
@@ -261,4 +262,59 @@ fn describe(r: &Report) -> String {
         r.threads,
         r.kv_type,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A byte-level tokenizer that knows no character beyond ASCII; `normalizer` is its JSON.
+    fn tokenizer(normalizer: &str) -> Tokenizer {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/a1_packed/tokenizer.json");
+        let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
+        json["normalizer"] = serde_json::from_str(normalizer).unwrap();
+        Tokenizer::from_json(json.to_string().as_bytes(), None, "tokenizer.json").unwrap()
+    }
+
+    #[test]
+    fn a_part_of_a_text_is_whole_characters() {
+        let tokenizer = tokenizer("null");
+        let text = "\u{1f642}a\u{1f642}\u{fffd}b<|eot_id|>\n";
+        let ids = tokenizer.encode(text, false).unwrap();
+        let choose = |nothing_before, most| Part::choose(&tokenizer, text, &ids, nothing_before, most);
+        let all = Part { begin: 0, end: ids.len(), bytes: text.len() };
+        assert_eq!(choose(false, None).unwrap(), all);
+        assert_eq!(choose(false, Some(usize::MAX)).unwrap(), all);
+        let rest = choose(true, None).unwrap();
+        assert!(rest.begin > 1, "one token for a character of four bytes: {rest:?}");
+        assert_eq!((rest.end, rest.bytes), (ids.len(), text.len() - 4));
+        for nothing_before in [false, true] {
+            let begin = if nothing_before { rest.begin } else { 0 };
+            for most in 1..=ids.len() {
+                match choose(nothing_before, Some(most)) {
+                    Ok(part) => {
+                        assert!(part.begin == begin && (1..=most).contains(&(part.end - begin)), "{part:?}");
+                        let decoded = tokenizer.decode(&ids[begin..part.end], false).unwrap();
+                        assert_eq!(decoded.len(), part.bytes, "{decoded:?}");
+                        assert!(text.contains(&decoded));
+                    }
+                    Err(reason) => assert!(!nothing_before && most < 4 && reason.contains("--max-tokens"), "{reason}"),
+                }
+            }
+        }
+        let alone = tokenizer.encode("\u{1f642}", false).unwrap();
+        assert!(Part::choose(&tokenizer, "\u{1f642}", &alone, true, None).unwrap_err().contains("nothing to predict"));
+        assert!(Part::choose(&tokenizer, "", &[], true, None).unwrap_err().contains("nothing to predict"));
+    }
+
+    #[test]
+    fn bytes_that_cannot_be_known_are_not_guessed() {
+        let tokenizer = tokenizer(r#"{"type": "Lowercase"}"#);
+        let text = "HELLO there";
+        let ids = tokenizer.encode(text, false).unwrap();
+        let choose = |nothing_before, most| Part::choose(&tokenizer, text, &ids, nothing_before, most);
+        assert_eq!(choose(false, None).unwrap().bytes, text.len());
+        assert!(choose(true, None).unwrap_err().contains("nothing to predict"));
+        assert!(choose(false, Some(ids.len() - 1)).unwrap_err().contains("changes the text"));
+    }
 }
