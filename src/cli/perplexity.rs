@@ -6,8 +6,9 @@ use anyhow::Result;
 use candle_bitnet::evaluate::{MAX_BATCH, Windows, score};
 use candle_bitnet::text::Tokenizer;
 use candle_bitnet::{BitNet, Error};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use serde::Serialize;
+use std::fmt::Write;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::path::{Path, PathBuf};
@@ -229,8 +230,12 @@ fn bar(tokens: usize) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("scoring {bar:30} {pos} of {len} tokens, {per_sec}, {eta} left");
-    ProgressBar::new(tokens as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    let style = ProgressStyle::with_template("scoring {bar:20} {pos}/{len} tokens, {rate} tokens/s, {eta} left");
+    let rate = |state: &ProgressState, out: &mut dyn Write| {
+        let _ = write!(out, "{:.1}", state.per_sec());
+    };
+    let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).with_key("rate", rate);
+    ProgressBar::new(tokens as u64).with_style(style)
 }
 
 fn describe(r: &Report) -> String {
