@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The layer alone, for anybody's candle model, is [`nn::BitLinear`]. The rooms, from files to text:
-//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`].
+//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`], [`evaluate`].
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -25,6 +25,7 @@ pub mod backend;
 mod bitnet;
 pub mod checkpoint;
 mod error;
+pub mod evaluate;
 pub mod generate;
 pub mod model;
 pub mod nn;

@@ -13,6 +13,8 @@ mod generate;
 mod hostile;
 #[path = "cli/logits.rs"]
 mod logits;
+#[path = "cli/perplexity.rs"]
+mod perplexity;
 #[path = "cli/tools.rs"]
 mod tools;
 
@@ -80,7 +82,19 @@ fn run_with(args: &[&str], stdin: &str) -> Ran {
 fn help_and_version_are_there() {
     assert_eq!(run(&["--version"]).ok(), format!("bitnet {}\n", env!("CARGO_PKG_VERSION")));
     let help = run(&["--help"]).ok();
-    for command in ["generate", "chat", "bench", "inspect", "convert", "doctor", "logits", "synth", "completions"] {
+    for command in [
+        "generate",
+        "chat",
+        "train",
+        "bench",
+        "perplexity",
+        "inspect",
+        "convert",
+        "doctor",
+        "logits",
+        "synth",
+        "completions",
+    ] {
         assert!(help.contains(&format!("  {command} ")), "{help}");
         let own = run(&[command, "--help"]).ok();
         assert!(own.contains(&format!("Usage: bitnet {command}")), "{own}");

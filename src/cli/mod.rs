@@ -12,6 +12,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 mod model_args;
+pub mod perplexity;
 mod sampling_args;
 pub mod synth;
 pub mod train;
@@ -37,6 +38,7 @@ pub enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Bench(bench::Args),
+    Perplexity(perplexity::Args),
     Inspect(inspect::Args),
     Convert(convert::Args),
     Doctor(doctor::Args),
@@ -53,6 +55,7 @@ impl Command {
             Self::Generate(args) => generate::run(args),
             Self::Chat(args) => chat::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::Perplexity(args) => perplexity::run(args),
             Self::Inspect(args) => inspect::run(args),
             Self::Convert(args) => convert::run(args),
             Self::Doctor(args) => doctor::run(args),

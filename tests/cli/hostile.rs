@@ -49,7 +49,7 @@ fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
 }
 
 /// Overwrites a tensor's first bytes.
-fn poke(dir: &Path, tensor: &str, bytes: &[u8]) {
+pub fn poke(dir: &Path, tensor: &str, bytes: &[u8]) {
     edit(dir, |header, data| {
         let begin = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
         data[begin..begin + bytes.len()].copy_from_slice(bytes);
