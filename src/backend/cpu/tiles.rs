@@ -109,6 +109,35 @@ impl CpuTernary {
         self.data.len()
     }
 
+    /// Rows `rows` of all segments as the numbers that they stand for, code times scale, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are no such rows or `out` is not as large as they are.
+    pub fn dequantize_rows(&self, rows: std::ops::Range<usize>, out: &mut [f32]) -> Result<()> {
+        if rows.start > rows.end || rows.end > self.rows || out.len() != rows.len() * self.cols {
+            let reason = format!("{} elements for rows {rows:?} of [{}, {}]", out.len(), self.rows, self.cols);
+            return Err(Error::Shape { op: "dequantize", reason });
+        }
+        let tile_bytes = self.groups() * LINE_BYTES;
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
+            let segment = &self.segments[self.segments.partition_point(|s| s.first_row <= row) - 1];
+            let within = row - segment.first_row;
+            let tile = &self.data[(segment.first_tile + within / TILE_ROWS) * tile_bytes..][..tile_bytes];
+            let (lane, multiplier) = (4 * (within % TILE_ROWS), segment.scale.multiplier());
+            for (line, out) in tile.chunks_exact(LINE_BYTES).zip(out.chunks_mut(LINE_COLS)) {
+                let mut values = [0f32; LINE_COLS];
+                for position in 0..4 {
+                    for byte in 0..4 {
+                        let code = line[lane + byte] >> (2 * position) & 3;
+                        values[4 * position + byte] = (f32::from(code) - 1.0) * multiplier;
+                    }
+                }
+                out.copy_from_slice(&values[..out.len()]);
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn tiles(&self) -> usize {
         self.tiles
     }
@@ -143,6 +172,34 @@ fn pack_tile(w: &PackedTernary, first_row: usize, out: &mut [u8]) {
             word[..four.len()].copy_from_slice(four);
             let word = transpose4x4(u32::from_le_bytes(word)).to_le_bytes();
             line[4 * lane..4 * lane + 4].copy_from_slice(&word);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_as_they_were_packed() {
+        let pool = Pool::new(2);
+        for (rows, cols) in [([4, 20, 16], 33), ([1, 1, 47], 16), ([16, 32, 5], 70)] {
+            let weight = |(i, rows): (usize, usize)| {
+                let values: Vec<i8> = (0..rows * cols).map(|k| ((k * k + 3 * k + i) % 7 % 3) as i8 - 1).collect();
+                let scale = if i == 1 { Scale::Divide(1.7) } else { Scale::Multiply(0.3 + i as f32) };
+                PackedTernary::from_weights(rows, cols, &values, scale).unwrap()
+            };
+            let weights: Vec<PackedTernary> = rows.into_iter().enumerate().map(weight).collect();
+            let want: Vec<f32> = weights.iter().flat_map(|w| w.dequantize()).collect();
+            let packed = CpuTernary::pack(&weights, &pool).unwrap();
+            let mut all = vec![0.0; want.len()];
+            packed.dequantize_rows(0..packed.rows(), &mut all).unwrap();
+            assert_eq!(all, want);
+            let mut some = vec![0.0; 3 * cols];
+            packed.dequantize_rows(2..5, &mut some).unwrap();
+            assert_eq!(some, want[2 * cols..5 * cols]);
+            assert!(packed.dequantize_rows(0..packed.rows() + 1, &mut all).is_err());
+            assert!(packed.dequantize_rows(0..1, &mut all).is_err());
         }
     }
 }

@@ -2,21 +2,32 @@
 //!
 //! On a CPU each is one custom op whose `bwd` is written by hand; on other devices it is composed of candle's own
 //! operations ([`composed`]), whose gradients candle derives. Tests hold one against the other.
+//!
+//! The `frozen_*` operations and [`low_rank`] are for adapters: their forward pass runs inference's own kernels on the
+//! stored weights, bit for bit, and only their input (and the adapter) has a gradient. They run on the CPU.
 
 mod attention;
 pub mod composed;
 mod dropout;
+mod frozen;
+mod frozen_attention;
+mod frozen_head;
 mod gated;
 mod linear;
 mod loss;
+mod low_rank;
 mod norm;
 mod quantize;
 
 pub use attention::attention;
 pub use dropout::dropout;
+pub use frozen::{FrozenWeight, frozen_linear};
+pub use frozen_attention::frozen_attention;
+pub use frozen_head::frozen_cross_entropy;
 pub use gated::gated;
 pub use linear::{bit_linear, linear};
 pub use loss::cross_entropy;
+pub use low_rank::low_rank;
 pub use norm::rms_norm;
 pub use quantize::{fake_quantize, fake_ternary};
 
