@@ -19,7 +19,7 @@ pub fn write_masters(dir: &Path, config: &ModelConfig, parameters: &Parameters) 
     for p in parameters.list() {
         let (dtype, stored) = match p.kind {
             Kind::Norm => (DType::F32, StoredType::F32),
-            Kind::Dense | Kind::Ternary => (DType::BF16, StoredType::BF16),
+            Kind::Dense | Kind::Ternary | Kind::LowRank => (DType::BF16, StoredType::BF16),
         };
         let value = p.value.to_dtype(dtype)?;
         if !value.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?.is_finite() {

@@ -7,7 +7,10 @@
 mod bit_linear;
 pub mod corpus;
 mod decoder;
+pub mod examples;
 mod export;
+pub mod finetune;
+mod lora;
 mod metrics;
 mod optimizer;
 mod parameters;
@@ -21,6 +24,7 @@ mod trainer;
 pub use bit_linear::BitLinear;
 pub use decoder::{Batch, Decoder, Prepared, Regularization};
 pub use export::write_masters;
+pub use lora::{ALL_LINEAR, LoraModel, LoraOptions, LoraPrepared};
 pub use metrics::MetricsLog;
 pub use optimizer::{AdamW, AdamWOptions};
 pub use parameters::{Kind, Masters, Parameter, Parameters};

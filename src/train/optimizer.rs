@@ -110,7 +110,8 @@ impl AdamW {
         let steps = self.steps;
         let all = parameters.list_mut().par_iter_mut().zip(&mut self.moments).zip(gradients).enumerate();
         all.try_for_each(|(i, ((p, (m, v)), g))| -> Result<()> {
-            let weight_decay = if p.kind == Kind::Ternary { weight_decay as f32 } else { 0.0 };
+            let decays = matches!(p.kind, Kind::Ternary | Kind::LowRank);
+            let weight_decay = if decays { weight_decay as f32 } else { 0.0 };
             let step = autograd::AdamW { weight_decay, ..step };
             let g = g.to_dtype(DType::F32)?.contiguous()?;
             if p.value.device().is_cpu() {

@@ -15,6 +15,8 @@ pub enum Kind {
     Norm,
     /// A BitLinear's master weight.
     Ternary,
+    /// A matrix of a LoRA update; decays like a master.
+    LowRank,
 }
 
 /// Type of the master weights.
@@ -124,6 +126,22 @@ impl Parameters {
             Ok(Parameter { name, kind, value })
         });
         Ok(Self { list: list.collect::<Result<_>>()? })
+    }
+
+    /// Any parameters, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a name that is given twice or a value that is neither f32 nor bf16.
+    pub fn new(list: Vec<Parameter>) -> Result<Self> {
+        let mut names: Vec<&str> = list.iter().map(|p| p.name.as_str()).collect();
+        names.sort_unstable();
+        let twice = names.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| format!("{} is given twice", pair[0]));
+        let typed = |p: &&Parameter| !matches!(p.value.dtype(), DType::F32 | DType::BF16);
+        let other = || list.iter().find(typed).map(|p| format!("{} is {:?}, not f32 or bf16", p.name, p.value.dtype()));
+        match twice.or_else(other) {
+            Some(reason) => Err(Error::Shape { op: "parameters", reason }),
+            None => Ok(Self { list }),
+        }
     }
 
     /// The parameters, in the order of a checkpoint.

@@ -9,6 +9,7 @@ use super::export::write_masters;
 use super::metrics::MetricsLog;
 use super::parameters::Parameters;
 use super::recipe::Recipe;
+use super::state::Progress;
 use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
 use super::trainer::{Data, Event, Outcome, Trainer, Validation};
 use crate::checkpoint::write::write_text;
@@ -55,6 +56,12 @@ pub struct Summary {
     pub skipped: u64,
     /// The best validation.
     pub best: Option<Validation>,
+}
+
+impl Summary {
+    pub(super) fn of(outcome: Outcome, p: &Progress) -> Self {
+        Self { outcome, steps: p.step, tokens: p.tokens, seconds: p.seconds, skipped: p.skipped, best: p.best }
+    }
 }
 
 impl Scratch {
@@ -152,8 +159,7 @@ impl Scratch {
         if !validates {
             self.export(trainer.parameters())?;
         }
-        let p = trainer.progress();
-        Ok(Summary { outcome, steps: p.step, tokens: p.tokens, seconds: p.seconds, skipped: p.skipped, best: p.best })
+        Ok(Summary::of(outcome, trainer.progress()))
     }
 
     /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.

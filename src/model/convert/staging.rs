@@ -88,7 +88,7 @@ impl Drop for Staging {
 
 /// The files beside a checkpoint's weights and configuration: what goes with the model, and what stays.
 #[derive(Debug, Default)]
-pub(super) struct Companions {
+pub(crate) struct Companions {
     pub copied: Vec<String>,
     pub left: Vec<String>,
 }
