@@ -8,6 +8,8 @@ pub mod convert;
 pub mod doctor;
 #[cfg(test)]
 mod fake;
+pub mod finetune;
+mod finetune_args;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
@@ -45,6 +47,7 @@ pub enum Command {
     Logits(logits::Args),
     Synth(synth::Args),
     Train(train::Args),
+    Finetune(finetune::Args),
     Completions(completions::Args),
 }
 
@@ -62,6 +65,7 @@ impl Command {
             Self::Logits(args) => logits::run(args),
             Self::Synth(args) => synth::run(args),
             Self::Train(args) => train::run(args),
+            Self::Finetune(args) => finetune::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }
