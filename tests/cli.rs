@@ -7,6 +7,8 @@ mod chat;
 mod common;
 #[path = "cli/convert.rs"]
 mod convert;
+#[path = "cli/finetune.rs"]
+mod finetune;
 #[path = "cli/generate.rs"]
 mod generate;
 #[path = "cli/hostile.rs"]
@@ -86,6 +88,7 @@ fn help_and_version_are_there() {
         "generate",
         "chat",
         "train",
+        "finetune",
         "bench",
         "perplexity",
         "inspect",

@@ -190,12 +190,8 @@ fn report(args: &Args, run: &Finetune, s: &Summary, answers: &Answers) -> Result
         let data = args.data.display();
         return print(&format!("{text}go on with: bitnet finetune {data} --out {out} --resume"));
     };
-    text += &format!(
-        "prompt: {}\nbefore: {}\nafter:  {}\n",
-        answers.question.trim(),
-        answers.before.trim(),
-        after.trim()
-    );
+    text +=
+        &format!("prompt: {}\nbefore: {}\nafter:  {}\n", answers.question.trim(), answers.before.trim(), after.trim());
     text += &match run.recipe().lora {
         Some(_) => format!("try it with: bitnet chat -m {} --adapter {out}", run.recipe().model),
         None => format!("try it with: bitnet chat -m {}", output.display()),

@@ -224,7 +224,9 @@ impl RecipeArgs {
         let batches = Batching { sequences, micro: self.micro_batch.unwrap_or(Batching::default().micro) };
         let epochs = self.epochs.unwrap_or(3.0);
         if !(epochs > 0.0 && epochs <= 1e6) {
-            return Err(Error::request("--epochs", format!("{epochs} is out of range: above 0, at most 1000000")).into());
+            return Err(
+                Error::request("--epochs", format!("{epochs} is out of range: above 0, at most 1000000")).into()
+            );
         }
         let per_epoch = count as f64 / sequences.max(1) as f64;
         let steps = self.steps.unwrap_or((epochs * per_epoch).ceil() as u64);

@@ -115,8 +115,8 @@ impl FinetuneRecipe {
 
 #[derive(Debug)]
 enum Model {
-    Lora(LoraModel),
-    Full(Decoder),
+    Lora(Box<LoraModel>),
+    Full(Box<Decoder>),
 }
 
 /// A prepared run.
@@ -192,11 +192,11 @@ impl Finetune {
                 let backend = Backend::new(&Device::Cpu, CpuOptions::default())?;
                 let model = LoraModel::load(&backend, &config, &weights, adapter, context)?;
                 let count = model.parameters(recipe.optimization.seed)?.count();
-                (Model::Lora(model), count)
+                (Model::Lora(Box::new(model)), count)
             }
             None => {
                 refuse_packed(&checkpoint, &config, &recipe.model)?;
-                (Model::Full(Decoder::new(&config)?), config.parameters() as usize)
+                (Model::Full(Box::new(Decoder::new(&config)?)), config.parameters() as usize)
             }
         };
         let dir = dir.to_owned();
@@ -267,12 +267,12 @@ impl Finetune {
             Model::Lora(model) => {
                 let parameters = model.parameters(self.recipe.optimization.seed)?;
                 let export = |p: &Parameters| write_adapter(&self.dir, model.adapter(), model.matrices(p)?);
-                self.train(model, parameters, threads, &export, observe)
+                self.train(&**model, parameters, threads, &export, observe)
             }
             Model::Full(decoder) => {
                 let read = |name: &str, dims: &[usize]| self.master(name, dims);
                 let parameters = Parameters::from_values(&self.config, self.recipe.masters, device, read)?;
-                self.train(decoder, parameters, threads, &|p| self.export_masters(p), observe)
+                self.train(&**decoder, parameters, threads, &|p| self.export_masters(p), observe)
             }
         }
     }

@@ -148,7 +148,7 @@ fn sum_of_squares(g: &Tensor) -> Result<f64> {
 
 /// The elements that an in-place op may write.
 fn contiguous_mut<'a, T: candle_core::WithDType>(
-    values: &'a mut Vec<T>,
+    values: &'a mut [T],
     layout: &Layout,
 ) -> candle_core::Result<&'a mut [T]> {
     match layout.contiguous_offsets() {
