@@ -2,13 +2,14 @@
 
 mod common;
 
-use candle_bitnet::backend::cpu::CpuOptions;
+use candle_bitnet::backend::attention::{AttentionShape, RopeTable};
+use candle_bitnet::backend::cpu::{CpuOptions, Gate};
 use candle_bitnet::backend::{Backend, DenseType, TernaryWeight};
-use candle_bitnet::checkpoint::adapter::{Adapter, WEIGHTS_FILE, write_adapter};
+use candle_bitnet::checkpoint::adapter::{Adapter, AdapterMatrices, WEIGHTS_FILE, tensor_names, write_adapter};
 use candle_bitnet::checkpoint::write::{Entry, write_file};
 use candle_bitnet::checkpoint::{Checkpoint, StoredType};
 use candle_bitnet::generate::GenerateOptions;
-use candle_bitnet::model::config::ModelConfig;
+use candle_bitnet::model::config::{Activation, ModelConfig, Projection};
 use candle_bitnet::model::convert::{Form, convert};
 use candle_bitnet::model::{CheckpointWeights, Logits, Sequence};
 use candle_bitnet::ops::grad::{self, FrozenWeight, composed};
@@ -19,7 +20,8 @@ use candle_bitnet::train::examples::{
 };
 use candle_bitnet::train::finetune::{Batching, Finetune, FinetuneRecipe, RECIPE};
 use candle_bitnet::train::{
-    Batch, Data, Event, LoraModel, LoraOptions, Optimization, Outcome, Parameter, Parameters, Regularization, Schedule,
+    Batch, Data, Event, LoraModel, LoraOptions, Masters, Optimization, Outcome, Parameter, Parameters, Regularization,
+    Schedule,
 };
 use candle_bitnet::{BitNet, Error, LoadOptions, LoadedDecoder};
 use candle_core::{DType, Device, Tensor, Var};
@@ -143,6 +145,27 @@ fn the_low_rank_update_has_the_gradients_of_its_formula() {
         }
     }
     assert!(grad::low_rank(&backend, &tensor(&[2, 8], 1), &tensor(&[3, 8], 1), &tensor(&[8, 4], 1), 1.0).is_err());
+}
+
+#[test]
+fn the_frozen_attention_is_inferences_with_the_gradient_of_attention() {
+    let backend = backend();
+    for (heads, kv_heads, dim, sequences, length) in [(4, 2, 8, 2, 19), (3, 3, 16, 1, 70), (2, 1, 4, 3, 1)] {
+        let shape = AttentionShape::new(heads, kv_heads, dim).unwrap();
+        let rope = Arc::new(RopeTable::new(80, dim, 10_000.0).unwrap());
+        let qkv = Var::from_tensor(&tensor(&[sequences, length, shape.qkv_dim()], 5)).unwrap();
+        let weight = tensor(&[sequences, length, heads * dim], 6);
+        let got = grad::frozen_attention(&backend, &qkv, shape, &rope).unwrap();
+        let want = composed::attention(&qkv, shape, &rope).unwrap();
+        close(&got, &want, 1e-5);
+        let gradient =
+            |y: &Tensor| y.mul(&weight).unwrap().sum_all().unwrap().backward().unwrap().remove(&qkv).unwrap();
+        close(&gradient(&got), &gradient(&want), 1e-5);
+        assert!(
+            grad::frozen_attention(&backend, &qkv, AttentionShape::new(heads, kv_heads, dim / 2).unwrap(), &rope)
+                .is_err()
+        );
+    }
 }
 
 // ---- the model ----
@@ -295,7 +318,7 @@ fn composed_loss(dir: &Path, model: &LoraModel, leaves: &[Var], batch: &Batch) -
     let shape =
         candle_bitnet::backend::attention::AttentionShape::new(config.num_heads, config.num_kv_heads, config.head_dim);
     let shape = shape.unwrap();
-    let rope = candle_bitnet::backend::attention::RopeTable::new(64, config.head_dim, config.rope_theta).unwrap();
+    let rope = RopeTable::new(64, config.head_dim, config.rope_theta).unwrap();
     let rope = Arc::new(rope);
     let names: Vec<String> = model.parameters(0).unwrap().list().iter().map(|p| p.name.clone()).collect();
     let dense = |name: &str| {
@@ -306,13 +329,12 @@ fn composed_loss(dir: &Path, model: &LoraModel, leaves: &[Var], batch: &Batch) -
         let weight = Tensor::from_vec(checkpoint.vector(name, len).unwrap(), len, &CPU).unwrap();
         composed::rms_norm(x, &weight, config.rms_norm_eps).unwrap()
     };
-    use candle_bitnet::model::config::{Activation, Projection};
     let project = |h: &Tensor, layer: usize, which: Projection| {
         let packed = weights.ternary(layer, which).unwrap().unwrap();
         let weight = Tensor::from_vec(packed.dequantize(), (packed.rows(), packed.cols()), &CPU).unwrap();
         let y = composed::linear(&composed::fake_quantize(h, 1.0).unwrap(), &weight).unwrap();
         let module = config.projection_name(layer, which);
-        let [a, b] = candle_bitnet::checkpoint::adapter::tensor_names(&module);
+        let [a, b] = tensor_names(&module);
         let Some(at) = names.iter().position(|n| *n == a) else { return y };
         assert_eq!(names[at + 1], b);
         let update = composed::linear(&composed::linear(h, &leaves[at]).unwrap(), &leaves[at + 1]).unwrap();
@@ -335,8 +357,8 @@ fn composed_loss(dir: &Path, model: &LoraModel, leaves: &[Var], batch: &Batch) -
         let h = norm(&x, &name("post_attention_layernorm"), config.hidden_size);
         let gate_up = Tensor::cat(&[project(&h, i, Projection::Gate), project(&h, i, Projection::Up)], 1).unwrap();
         let gate = match config.activation {
-            Activation::Relu2 => candle_bitnet::backend::cpu::Gate::Relu2,
-            Activation::Silu => candle_bitnet::backend::cpu::Gate::Silu,
+            Activation::Relu2 => Gate::Relu2,
+            Activation::Silu => Gate::Silu,
         };
         let mut product = composed::gated(gate, &gate_up).unwrap();
         if config.sub_norms {
@@ -368,6 +390,21 @@ fn gradients_are_those_of_a_dense_composition() {
             assert!(error < 2e-2, "{name} {}: {error}", p.name);
         }
     }
+}
+
+#[test]
+fn dropout_is_of_the_adapters_inputs_and_a_function_of_the_seed() {
+    let model = lora_model(&fixture("a1_packed"), &lora(2, &["q_proj", "up_proj"]));
+    let (new, stirred, batch) = (model.parameters(0).unwrap(), stirred(&model), batch(384, 2, 9));
+    let loss = |parameters: &Parameters, dropout: f32, seed: u64| {
+        let prepared = model.prepare(parameters).unwrap();
+        prepared.loss(&batch, Regularization { dropout, seed }).unwrap().to_scalar::<f32>().unwrap()
+    };
+    // While B is zero there is nothing that dropping inputs could change.
+    assert_eq!(loss(&new, 0.5, 1), loss(&new, 0.0, 0));
+    assert_eq!(loss(&stirred, 0.5, 1), loss(&stirred, 0.5, 1));
+    assert_ne!(loss(&stirred, 0.5, 1), loss(&stirred, 0.5, 2));
+    assert_ne!(loss(&stirred, 0.5, 1), loss(&stirred, 0.0, 1));
 }
 
 #[test]
@@ -832,7 +869,7 @@ fn the_best_by_validation_is_kept_and_a_run_that_gets_worse_stops() {
     assert!(seen[seen.len() - 3..].iter().all(|(.., best)| !best));
     let stored = Adapter::open(&out).unwrap();
     let (a, b) = stored.modules()[0].matrices().unwrap();
-    let [a_name, b_name] = candle_bitnet::checkpoint::adapter::tensor_names(&stored.modules()[0].name);
+    let [a_name, b_name] = tensor_names(&stored.modules()[0].name);
     assert!(a == best[&a_name] && b == best[&b_name]);
 }
 
@@ -857,7 +894,7 @@ fn full_training_moves_the_masters_and_writes_a_checkpoint_with_its_text() {
     let llama = dir.path().join("llama");
     convert(&fixture("a3_llama"), &llama, Form::Masters, &mut |_| ControlFlow::Continue(())).unwrap();
     recipe.optimization.steps = 2;
-    recipe.masters = candle_bitnet::train::Masters::BF16;
+    recipe.masters = Masters::BF16;
     let run = start(&llama, &data, &dir.path().join("second"), &recipe).unwrap();
     assert_eq!(self::losses(&run, 1).len(), 2);
     answer(&run.output(), None, "0 red?");
@@ -903,7 +940,7 @@ fn what_cannot_be_trained_is_refused() {
     assert!(refused(&adapter, &out).ends_with("holds an adapter; name another directory"));
 }
 
-fn one_matrix() -> Vec<candle_bitnet::checkpoint::adapter::AdapterMatrices> {
+fn one_matrix() -> Vec<AdapterMatrices> {
     let module = "model.layers.0.self_attn.q_proj".to_owned();
-    vec![candle_bitnet::checkpoint::adapter::AdapterMatrices { module, rows: 1, cols: 1, a: vec![1.0], b: vec![1.0] }]
+    vec![AdapterMatrices { module, rows: 1, cols: 1, a: vec![1.0], b: vec![1.0] }]
 }

@@ -48,7 +48,7 @@ pub fn run(args: Args) -> Result<()> {
         (_, false) => Some(test.answer(&output, None)?),
     };
     let question = format.tokenizer().decode(&prompt, true)?;
-    report(&args, &run, &summary, &Answers { question, before, after })
+    report(&args, &run, &summary, &Answers { chat: format.has_template(), question, before, after })
 }
 
 impl Args {
@@ -105,6 +105,8 @@ impl Test<'_> {
 }
 
 struct Answers {
+    /// Whether the model has a chat template.
+    chat: bool,
     question: String,
     before: String,
     after: Option<String>,
@@ -192,9 +194,14 @@ fn report(args: &Args, run: &Finetune, s: &Summary, answers: &Answers) -> Result
     };
     text +=
         &format!("prompt: {}\nbefore: {}\nafter:  {}\n", answers.question.trim(), answers.before.trim(), after.trim());
-    text += &match run.recipe().lora {
-        Some(_) => format!("try it with: bitnet chat -m {} --adapter {out}", run.recipe().model),
-        None => format!("try it with: bitnet chat -m {}", output.display()),
+    let model = match run.recipe().lora {
+        Some(_) => format!("-m {} --adapter {out}", run.recipe().model),
+        None => format!("-m {}", output.display()),
+    };
+    text += &match answers.chat {
+        true => format!("try it with: bitnet chat {model}"),
+        // The line break is part of how a pair is written without a template.
+        false => format!("try it with: bitnet generate {model} -p $'...\\n'"),
     };
     print(&text)
 }

@@ -105,3 +105,26 @@ fn bad_data_and_flags_are_named() {
     finetune(&data, &out, &[]).fails(2, &["--model"]);
     finetune(&data, &out, &["-m", "no/such/model/here"]).fails(1, &["no/such/model/here"]);
 }
+
+#[test]
+fn a_model_without_a_template_learns_pairs_as_two_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, out) = (dir.path().join("base"), dir.path().join("out"));
+    std::fs::create_dir(&base).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json"] {
+        std::fs::copy(crate::common::fixture("a1_packed").join(name), base.join(name)).unwrap();
+    }
+    let base = base.to_str().unwrap();
+    let data = pairs(dir.path());
+    let flags = ["-m", base, "--lr", "0.01", "--context", "64", "--epochs", "40", "--batch", "4", "--validation", "0"];
+    let text = finetune(&data, &out, &flags).ok();
+    assert!(text.contains("after:  RED\n"), "{text}");
+    assert!(text.contains(&format!("bitnet generate -m {base} --adapter {} -p $'...\\n'", out.display())), "{text}");
+    let generate =
+        ["generate", "-m", base, "--adapter", out.to_str().unwrap(), "-p", "grey?\n", "--greedy", "-n", "16"];
+    assert_eq!(run(&generate).ok().trim(), "GREY");
+    let turns = r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
+    let other = dir.path().join("other");
+    let refused = finetune(&self::data(dir.path(), &[turns]), &other, &["-m", base]);
+    refused.fails(1, &["line 1: the model's chat template", "only a single question with its answer can do without"]);
+}
