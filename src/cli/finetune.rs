@@ -13,7 +13,7 @@ use candle_bitnet::train::examples::{Examples, PromptFormat};
 use candle_bitnet::train::finetune::{Finetune, FinetuneRecipe};
 use candle_bitnet::train::scratch::Summary;
 use candle_bitnet::train::{Data, Outcome};
-use candle_bitnet::{BitNet, LoadOptions};
+use candle_bitnet::{BitNet, DeviceChoice, Error, LoadOptions};
 use candle_core::Device;
 use serde_json::json;
 use std::path::Path;
@@ -25,7 +25,7 @@ const TEST_TOKENS: usize = 32;
 pub fn run(args: Args) -> Result<()> {
     // Before any thread: training keeps every core busy with micro-batches.
     keep_candle_on_the_calling_thread();
-    let (device, threads) = device_and_threads(args.device, args.threads)?;
+    let (device, threads) = args.device_and_threads()?;
     let (run, format) = prepare(&args)?;
     let prompt = match &args.test_prompt {
         Some(text) => format.prompt(text)?,
@@ -52,6 +52,23 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 impl Args {
+    /// The device and its threads: for adapters the CPU, unless another device is named, which is refused.
+    fn device_and_threads(&self) -> Result<(Device, usize)> {
+        let adapter = match self.resume {
+            true => FinetuneRecipe::read(&self.out)?.lora.is_some(),
+            false => !self.recipe.full,
+        };
+        let choice = match self.device {
+            DeviceChoice::Auto if adapter => DeviceChoice::Cpu,
+            choice => choice,
+        };
+        let (device, threads) = device_and_threads(choice, self.threads)?;
+        if adapter && !device.is_cpu() {
+            return Err(Error::request("--device", "adapters are trained on the CPU for now; use --device cpu").into());
+        }
+        Ok((device, threads))
+    }
+
     /// The base's directory.
     fn base(&self, recipe: &FinetuneRecipe) -> Result<std::path::PathBuf> {
         let revision = recipe.revision.clone();

@@ -94,7 +94,7 @@ const RECIPE_FLAGS: [&str; 28] = [
 pub struct RecipeArgs {
     /// Train all weights, from bf16 masters, instead of an adapter
     #[arg(long, conflicts_with_all = ["rank", "alpha", "target_modules"], help_heading = "Method")]
-    full: bool,
+    pub full: bool,
     /// The adapter's inner dimension [default: 16]
     #[arg(long, value_name = "N", help_heading = "Method")]
     rank: Option<usize>,

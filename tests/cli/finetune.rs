@@ -2,6 +2,8 @@
 
 use crate::{Ran, model, run};
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn data(dir: &Path, lines: &[&str]) -> String {
     let path = dir.join("data.jsonl");
@@ -127,4 +129,39 @@ fn a_model_without_a_template_learns_pairs_as_two_lines() {
     let other = dir.path().join("other");
     let refused = finetune(&self::data(dir.path(), &[turns]), &other, &["-m", base]);
     refused.fails(1, &["line 1: the model's chat template", "only a single question with its answer can do without"]);
+}
+
+/// Ctrl-C saves and stops; a killed run loses what came after its last saved state, and no file is torn.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_goes_on() {
+    let (dir, base) = (tempfile::tempdir().unwrap(), model("a1_packed"));
+    let (data, out) = (pairs(dir.path()), dir.path().join("out"));
+    let out_flag = out.to_str().unwrap();
+    let fresh =
+        ["-m", &base, "--rank", "2", "--context", "64", "--steps", "3000", "--save-every", "3", "--threads", "1"];
+    let steps = || std::fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    let run_until = |flags: &[&str], lines: usize, signal: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+        command.args(["finetune", &data, "--out", out_flag]).args(flags);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let begun = Instant::now();
+        while steps() < lines && begun.elapsed() < Duration::from_secs(100) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        child.wait_with_output().unwrap()
+    };
+    let killed = run_until(&fresh, 5, "-KILL");
+    assert_eq!(killed.status.code(), None);
+    let lines = steps();
+    let stopped = Ran::of(run_until(&["--resume"], lines + 4, "-INT"));
+    assert!(stopped.err.contains("saving and stopping after this step"), "{stopped:?}");
+    let text = stopped.ok();
+    assert!(text.starts_with("interrupted after "), "{text}");
+    assert!(text.contains(&format!("go on with: bitnet finetune {data} --out {out_flag} --resume")), "{text}");
+    // Every step is in the log once, in order.
+    let log = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let numbers = log.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap());
+    assert!(numbers.enumerate().all(|(i, step)| step == i as u64 + 1), "{log}");
 }
