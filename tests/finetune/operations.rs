@@ -3,7 +3,7 @@
 use crate::{CPU, backend, close, flat, tensor};
 use candle_bitnet::backend::attention::{AttentionShape, RopeTable};
 use candle_bitnet::backend::{DenseType, DenseWeight, TernaryWeight};
-use candle_bitnet::ops::grad::{self, FrozenWeight, composed};
+use candle_bitnet::ops::grad::{self, FrozenWeight, Update, composed};
 use candle_bitnet::ternary::{PackedTernary, Scale};
 use candle_core::{DType, Tensor, Var};
 use std::sync::Arc;
@@ -108,4 +108,50 @@ fn the_frozen_attention_is_inferences_with_the_gradient_of_attention() {
                 .is_err()
         );
     }
+}
+
+#[test]
+fn an_adapted_layer_is_the_layer_and_its_updates_with_their_gradients() {
+    let backend = backend();
+    let (tokens, cols, rows) = (7, 40, [20, 9, 16]);
+    let codes: Vec<i8> = (0..45 * cols).map(|i| ((i * i + 3 * i) % 7 % 3) as i8 - 1).collect();
+    let ternary = PackedTernary::from_weights(45, cols, &codes, Scale::Multiply(0.21)).unwrap();
+    let weight = FrozenWeight::Ternary(Arc::new(backend.pack(&[ternary]).unwrap()));
+    let update = |first_row: usize, rows: usize, rank: usize, scaling: f32| Update {
+        first_row,
+        rows,
+        rank,
+        scaling,
+        seed: 5 + first_row as u64,
+    };
+    let (first, last) = (update(0, rows[0], 3, 2.0), update(29, rows[2], 5, -0.5));
+    let h = Var::from_tensor(&tensor(&[tokens, cols], 1)).unwrap();
+    let a = Var::from_tensor(&tensor(&[8, cols], 2)).unwrap();
+    let b = Var::from_tensor(&tensor(&[20 * 3 + 16 * 5], 3)).unwrap();
+    let target = tensor(&[tokens, 45], 4);
+    for dropout in [0.0, 0.3] {
+        let got = grad::adapted_linear(&backend, &weight, &h, (&a, &b), &[first, last], dropout).unwrap();
+        // The same of single operations.
+        let part = |u: &Update, at_a: usize, at_b: usize| {
+            let dropped = grad::dropout(&h, dropout, u.seed).unwrap();
+            let b = b.narrow(0, at_b, u.rows * u.rank).unwrap().reshape((u.rows, u.rank)).unwrap();
+            grad::low_rank(&backend, &dropped, &a.narrow(0, at_a, u.rank).unwrap(), &b, u.scaling).unwrap()
+        };
+        let middle = Tensor::zeros((tokens, rows[1]), DType::F32, &CPU).unwrap();
+        let updates = Tensor::cat(&[part(&first, 0, 0), middle, part(&last, 3, 60)], 1).unwrap();
+        let want = (grad::frozen_linear(&backend, &weight, &h).unwrap() + updates).unwrap();
+        assert_eq!(flat(&got), flat(&want));
+        let gradients = |y: &Tensor| y.mul(&target).unwrap().sum_all().unwrap().backward().unwrap();
+        let (got, want) = (gradients(&got), gradients(&want));
+        for x in [&h, &a, &b] {
+            close(got.get(x).unwrap(), want.get(x).unwrap(), 3e-6);
+        }
+    }
+    let refused = |updates: &[Update], dropout: f32| {
+        grad::adapted_linear(&backend, &weight, &h, (&a, &b), updates, dropout).unwrap_err().to_string()
+    };
+    assert!(refused(&[first, last], 1.0).contains("dropout 1"));
+    assert!(refused(&[last, first], 0.0).contains("of 45 rows"));
+    assert!(refused(&[first, update(30, 16, 5, 1.0)], 0.0).contains("of 45 rows"));
+    assert!(refused(&[first], 0.0).contains("with A [8, 40]"));
 }

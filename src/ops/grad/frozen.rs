@@ -55,6 +55,26 @@ impl FrozenWeight {
         }
     }
 
+    /// `W · quantise(x)` or `W · x` of rows of `x`, by inference's kernels.
+    pub(super) fn product(&self, backend: &Backend, x: &[f32]) -> Result<Vec<f32>> {
+        let (rows, cols) = (self.rows(), self.cols());
+        let (tokens, cpu) = (x.len() / cols, backend.cpu());
+        let mut out = vec![0.0; tokens * rows];
+        match self {
+            Self::Ternary(w) => {
+                let TernaryWeight::Cpu(w) = &**w;
+                let mut q = vec![0; tokens * row_stride(cols)];
+                cpu.quantize(x, cols, None, &mut q)?;
+                cpu.linear(w, &QuantizedRows::new(&q, cols)?, None, &mut out)?;
+            }
+            Self::Dense(w) => {
+                let DenseWeight::Cpu(w) = &**w;
+                cpu.dense_linear(w, x, &mut out)?;
+            }
+        }
+        Ok(out)
+    }
+
     /// `dx = dy · W` for `dy` `[tokens, rows]`: the weight is widened a block of rows at a time.
     pub(super) fn input_gradient(&self, dy: &[f32], dx: &mut [f32]) -> Result<()> {
         let (rows, cols) = (self.rows(), self.cols());
@@ -97,23 +117,9 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = contiguous::<f32>(s, l)?;
-        let (rows, cols) = (self.weight.rows(), self.weight.cols());
-        let (tokens, cpu) = (x.len() / cols, self.backend.cpu());
-        let mut out = vec![0.0; tokens * rows];
-        match &self.weight {
-            FrozenWeight::Ternary(w) => {
-                let TernaryWeight::Cpu(w) = &**w;
-                let mut q = vec![0; tokens * row_stride(cols)];
-                cpu.quantize(x, cols, None, &mut q)?;
-                cpu.linear(w, &QuantizedRows::new(&q, cols)?, None, &mut out)?;
-            }
-            FrozenWeight::Dense(w) => {
-                let DenseWeight::Cpu(w) = &**w;
-                cpu.dense_linear(w, x, &mut out)?;
-            }
-        }
-        Ok((f32_storage(out), Shape::from((tokens, rows))))
+        let out = self.weight.product(&self.backend, contiguous(s, l)?)?;
+        let tokens = out.len() / self.weight.rows();
+        Ok((f32_storage(out), Shape::from((tokens, self.weight.rows()))))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {

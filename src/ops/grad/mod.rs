@@ -3,9 +3,10 @@
 //! On a CPU each is one custom op whose `bwd` is written by hand; on other devices it is composed of candle's own
 //! operations ([`composed`]), whose gradients candle derives. Tests hold one against the other.
 //!
-//! The `frozen_*` operations and [`low_rank`] are for adapters: their forward pass runs inference's own kernels on the
+//! The `frozen_*` operations, [`low_rank`] and [`adapted_linear`] are for adapters: their forward pass runs inference's own kernels on the
 //! stored weights, bit for bit, and only their input (and the adapter) has a gradient. They run on the CPU.
 
+mod adapted;
 mod attention;
 pub mod composed;
 mod dropout;
@@ -19,6 +20,7 @@ mod low_rank;
 mod norm;
 mod quantize;
 
+pub use adapted::{Update, adapted_linear};
 pub use attention::attention;
 pub use dropout::dropout;
 pub use frozen::{FrozenWeight, frozen_linear};

@@ -3,7 +3,8 @@
 use super::{Frozen, LoraModel, Part, Site};
 use crate::backend::Backend;
 use crate::backend::cpu::CpuOptions;
-use crate::ops::{self, grad};
+use crate::ops;
+use crate::ops::grad::{self, FrozenWeight, Update};
 use crate::train::decoder::{Batch, Regularization};
 use crate::train::parameters::Parameters;
 use crate::train::trainer::Trainable;
@@ -102,6 +103,11 @@ impl Pass<'_> {
 
     /// A site's outputs side by side, plus `residual`. Sums are in inference's order.
     fn site(&self, site: &Site, h: &Tensor, residual: Option<&Tensor>, seed: u64) -> Result<Tensor> {
+        if let ([Frozen { weight, norm: None }], None) = (&site.linears[..], residual)
+            && site.parts.iter().any(|part| part.adapter.is_some())
+        {
+            return self.adapted(site, weight, h, seed);
+        }
         let base = |linear: &Frozen| -> Result<Tensor> {
             let backend = &self.backend;
             Ok(match &linear.norm {
@@ -123,20 +129,50 @@ impl Pass<'_> {
         })
     }
 
+    /// The values of A and B of a part that is adapted, and its scaling.
+    fn matrices(&self, part: &Part) -> Result<Option<(&Tensor, &Tensor, f32)>> {
+        let leaf = |index: usize| self.prepared.leaves.get(index).map(Var::as_tensor);
+        match part.adapter {
+            None => Ok(None),
+            Some((index, scaling)) => match (leaf(index), leaf(index + 1)) {
+                (Some(a), Some(b)) => Ok(Some((a, b, scaling))),
+                _ => Err(Error::Shape { op: "low-rank update", reason: format!("no parameter {index}") }),
+            },
+        }
+    }
+
+    /// Which inputs are dropped at the `k`-th projection of a site.
+    fn dropped(&self, seed: u64, k: usize) -> u64 {
+        self.regularization.seed.wrapping_add((seed + k as u64 + 1) << 40)
+    }
+
+    /// The layer and its updates as one operation, so that no more than its result is kept for the backward pass.
+    fn adapted(&self, site: &Site, weight: &FrozenWeight, h: &Tensor, seed: u64) -> Result<Tensor> {
+        let (mut a, mut b, mut updates) = (Vec::new(), Vec::new(), Vec::new());
+        let mut first_row = 0;
+        for (k, part) in site.parts.iter().enumerate() {
+            if let Some((part_a, part_b, scaling)) = self.matrices(part)? {
+                let (rows, rank) = (part.rows, part_a.dim(0)?);
+                updates.push(Update { first_row, rows, rank, scaling, seed: self.dropped(seed, k) });
+                a.push(part_a);
+                b.push(part_b.flatten_all()?);
+            }
+            first_row += part.rows;
+        }
+        let (a, b) = (Tensor::cat(&a, 0)?, Tensor::cat(&b, 0)?);
+        let dropout = self.regularization.dropout;
+        Ok(grad::adapted_linear(&self.backend, weight, h, (&a, &b), &updates, dropout)?)
+    }
+
     fn update(&self, site: &Site, h: &Tensor, seed: u64) -> Result<Option<Tensor>> {
         if site.parts.iter().all(|part| part.adapter.is_none()) {
             return Ok(None);
         }
-        let Regularization { dropout, seed: run } = self.regularization;
         let part = |(k, part): (usize, &Part)| -> Result<Tensor> {
-            let leaf = |index: usize| self.prepared.leaves.get(index).map(Var::as_tensor);
-            let Some((index, scaling)) = part.adapter else {
+            let Some((a, b, scaling)) = self.matrices(part)? else {
                 return Ok(Tensor::zeros((h.dim(0)?, part.rows), DType::F32, h.device())?);
             };
-            let (Some(a), Some(b)) = (leaf(index), leaf(index + 1)) else {
-                return Err(Error::Shape { op: "low-rank update", reason: format!("no parameter {index}") });
-            };
-            let dropped = grad::dropout(h, dropout, run.wrapping_add((seed + k as u64 + 1) << 40))?;
+            let dropped = grad::dropout(h, self.regularization.dropout, self.dropped(seed, k))?;
             Ok(grad::low_rank(&self.backend, &dropped, a, b, scaling)?)
         };
         let mut parts = site.parts.iter().enumerate().map(part).collect::<Result<Vec<_>>>()?;
