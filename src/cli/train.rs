@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_bitnet::DeviceChoice;
 use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
 use candle_bitnet::train::scratch::{MASTERS, Scratch, Summary};
-use candle_bitnet::train::{Blocks, Masters, Outcome, Recipe, Schedule};
+use candle_bitnet::train::{Blocks, Masters, Outcome, Precision, Recipe, Schedule};
 use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::json;
 use std::path::PathBuf;
@@ -50,7 +50,7 @@ pub struct Args {
 }
 
 /// Flags that change a recipe, and so cannot stand beside --resume.
-const RECIPE_FLAGS: [&str; 30] = [
+const RECIPE_FLAGS: [&str; 31] = [
     "config",
     "blocks",
     "hidden",
@@ -74,6 +74,7 @@ const RECIPE_FLAGS: [&str; 30] = [
     "beta2",
     "clip",
     "dropout",
+    "precision",
     "lambda_warmup",
     "dense",
     "eval_every",
@@ -118,7 +119,7 @@ struct RecipeArgs {
     rope_theta: Option<f64>,
     /// Type of the master weights: f32 or bf16 (half the memory, updates rounded stochastically) [default: f32]
     #[arg(long, value_name = "TYPE", value_enum, help_heading = "Model")]
-    masters: Option<MastersArg>,
+    masters: Option<TypeArg>,
     /// Train without any quantisation: the dense twin
     #[arg(long, help_heading = "Model")]
     dense: bool,
@@ -156,6 +157,9 @@ struct RecipeArgs {
     /// Largest norm of the gradient [default: 1]
     #[arg(long, value_name = "X", help_heading = "Training")]
     clip: Option<f64>,
+    /// What operands of matrix products are rounded to: f32 or bf16 [default: bf16 where the CPU multiplies it]
+    #[arg(long, value_name = "TYPE", value_enum, help_heading = "Training")]
+    precision: Option<TypeArg>,
     /// Dropout of the embedding and of every layer's two outputs [default: 0]
     #[arg(long, value_name = "X", help_heading = "Training")]
     dropout: Option<f32>,
@@ -183,7 +187,7 @@ enum BlocksArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum MastersArg {
+enum TypeArg {
     F32,
     Bf16,
 }
@@ -220,8 +224,8 @@ impl RecipeArgs {
         set(
             &mut m.masters,
             self.masters.map(|m| match m {
-                MastersArg::F32 => Masters::F32,
-                MastersArg::Bf16 => Masters::BF16,
+                TypeArg::F32 => Masters::F32,
+                TypeArg::Bf16 => Masters::BF16,
             }),
         );
         o.quantize &= !self.dense;
@@ -245,6 +249,13 @@ impl RecipeArgs {
         set(&mut o.beta1, self.beta1);
         set(&mut o.beta2, self.beta2);
         set(&mut o.clip, self.clip);
+        set(
+            &mut o.precision,
+            self.precision.map(|p| match p {
+                TypeArg::F32 => Precision::F32,
+                TypeArg::Bf16 => Precision::BF16,
+            }),
+        );
         set(&mut o.dropout, self.dropout);
         set(&mut o.lambda_warmup, self.lambda_warmup);
         set(&mut o.eval_every, self.eval_every);
@@ -262,7 +273,14 @@ pub fn run(args: Args) -> Result<()> {
     let run = match args.resume {
         true => Scratch::resume(&args.text, &args.out)?,
         false => {
-            let mut recipe = args.config.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
+            let mut recipe = match &args.config {
+                Some(path) => Recipe::read(path)?,
+                None => {
+                    let mut recipe = Recipe::default();
+                    recipe.optimization.precision = Precision::fastest();
+                    recipe
+                }
+            };
             args.recipe.apply(&mut recipe);
             Scratch::start(&args.text, &args.out, &recipe)?
         }

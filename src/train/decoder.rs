@@ -4,7 +4,7 @@ use super::parameters::{Kind, Parameters};
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::Gate;
 use crate::model::config::{Activation, ModelConfig, Projection};
-use crate::ops::grad;
+use crate::ops::grad::{self, Precision};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -44,6 +44,7 @@ pub struct Decoder {
     shape: AttentionShape,
     rope: Arc<RopeTable>,
     gate: Gate,
+    precision: Precision,
 }
 
 impl Decoder {
@@ -65,7 +66,14 @@ impl Decoder {
                 Activation::Silu => Gate::Silu,
             },
             config: config.clone(),
+            precision: Precision::F32,
         })
+    }
+
+    /// With operands of matrix products rounded to this precision; f32 unless said.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The configuration.
@@ -199,7 +207,8 @@ impl Prepared<'_> {
             None => Ok(x.clone()),
             Some(weight) => grad::rms_norm(x, weight, eps),
         };
-        let project = |x: &Tensor, weight: &Tensor| grad::bit_linear(x, weight, self.lambda);
+        let precision = self.decoder.precision;
+        let project = |x: &Tensor, weight: &Tensor| grad::bit_linear(x, weight, self.lambda, precision);
         for (i, layer) in self.layers.iter().enumerate() {
             let qkv = project(&grad::rms_norm(&x, &layer.input_norm, eps)?, &layer.qkv)?;
             let width = qkv.dim(D::Minus1)?;
@@ -221,7 +230,7 @@ impl Prepared<'_> {
     /// As [`Self::hidden`].
     pub fn logits(&self, tokens: &[u32], length: usize) -> Result<Tensor> {
         let hidden = self.hidden(tokens, length, Regularization::default())?;
-        Ok(grad::linear(&hidden, &self.head)?)
+        Ok(grad::linear(&hidden, &self.head, self.decoder.precision)?)
     }
 
     /// Sum of the cross-entropy over all targets, in nats: a scalar that gradients can be taken of.
@@ -230,7 +239,7 @@ impl Prepared<'_> {
     /// As [`Self::hidden`]; of candle for targets outside the vocabulary.
     pub fn loss(&self, batch: &Batch, regularization: Regularization) -> Result<Tensor> {
         let hidden = self.hidden(&batch.tokens, batch.length, regularization)?;
-        Ok(grad::cross_entropy(&hidden, &self.head, &batch.targets)?)
+        Ok(grad::cross_entropy(&hidden, &self.head, &batch.targets, self.decoder.precision)?)
     }
 
     /// The effective weights' gradients, in a fixed order; zeros where nothing flowed.

@@ -18,6 +18,7 @@ mod state;
 mod tokenizer;
 mod trainer;
 
+pub use crate::ops::grad::Precision;
 pub use bit_linear::BitLinear;
 pub use decoder::{Batch, Decoder, Prepared, Regularization};
 pub use export::write_masters;

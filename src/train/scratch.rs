@@ -99,7 +99,7 @@ impl Scratch {
         let (b, m) = (recipe.batches, recipe.model);
         let seed = recipe.optimization.seed;
         let stream = Stream::new(train, m.context, b.sequences, b.micro, seed, &validation, bytes)?;
-        let decoder = Decoder::new(&config)?;
+        let decoder = Decoder::new(&config)?.with_precision(recipe.optimization.precision);
         Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed })
     }
 

@@ -8,6 +8,7 @@ use super::optimizer::{AdamW, AdamWOptions};
 use super::parameters::Parameters;
 use super::schedule::Schedule;
 use super::state::{self, Progress};
+use crate::ops::grad::Precision;
 use crate::{Error, Result};
 use candle_core::{Tensor, backprop::GradStore};
 use serde::{Deserialize, Serialize};
@@ -115,6 +116,8 @@ pub struct Optimization {
     pub eps: f64,
     /// Largest norm of the mean gradient.
     pub clip: f64,
+    /// What the operands of matrix products are rounded to.
+    pub precision: Precision,
     /// Dropout of the embedding and of what each layer adds to the residual stream.
     pub dropout: f32,
     /// Steps over which the quantisers are mixed in linearly; 0: from the start.
@@ -144,6 +147,7 @@ impl Default for Optimization {
             beta2: adamw.beta2,
             eps: adamw.eps,
             clip: adamw.clip,
+            precision: Precision::F32,
             dropout: 0.0,
             lambda_warmup: 0,
             quantize: true,

@@ -1,7 +1,7 @@
 //! The output head and its cross-entropy as one operation, whose logits exist for a few rows at a time only.
 
-use super::{composed, f32_storage, require_f32, tensor_like, with_values};
-use crate::backend::cpu::autograd::{self, Matrix, matmul};
+use super::{Precision, composed, f32_storage, require_f32, tensor_like, with_values};
+use crate::backend::cpu::autograd::{self, Epilogue, Matrix, Operand, matmul, matmul_bf16};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +14,7 @@ const CHUNK_LOGITS: usize = 1 << 20;
 ///
 /// # Errors
 /// Of candle, if shapes or types do not fit or a target is outside the vocabulary.
-pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
+pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[Option<u32>], precision: Precision) -> Result<Tensor> {
     let ((tokens, cols), (vocab, head_cols)) = (hidden.dims2()?, head.dims2()?);
     if cols != head_cols || tokens != targets.len() || tokens == 0 {
         let (hidden, head) = (hidden.dims(), head.dims());
@@ -29,7 +29,7 @@ pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[Option<u32>]) ->
     require_f32("cross-entropy", hidden)?;
     require_f32("cross-entropy", head)?;
     let wanted = Wanted { hidden: hidden.track_op(), head: head.track_op() };
-    let op = CrossEntropy { targets: targets.to_vec(), vocab, cols, wanted, gradients: Mutex::default() };
+    let op = CrossEntropy { targets: targets.to_vec(), vocab, cols, wanted, precision, gradients: Mutex::default() };
     hidden.contiguous()?.apply_op2(&head.contiguous()?, op)
 }
 
@@ -50,8 +50,33 @@ struct CrossEntropy {
     vocab: usize,
     cols: usize,
     wanted: Wanted,
+    precision: Precision,
     /// Both gradients for a loss of weight 1, computed while the logits are there.
     gradients: Mutex<Gradients>,
+}
+
+impl CrossEntropy {
+    /// The product of two matrices, each with whether it is transposed.
+    fn product(
+        &self,
+        (a, a_t): (Matrix, bool),
+        (b, b_t): (Matrix, bool),
+        out: &mut [f32],
+        stride: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        Ok(match self.precision {
+            Precision::F32 => {
+                let (a, b) = (if a_t { a.t() } else { a }, if b_t { b.t() } else { b });
+                matmul(a, b, 1.0, out, stride, accumulate)
+            }
+            Precision::BF16 => {
+                let operand = |matrix, transposed| Operand { transposed, ..Operand::new(matrix) };
+                let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+                matmul_bf16(operand(a, a_t), operand(b, b_t), epilogue, out, stride)
+            }
+        }?)
+    }
 }
 
 impl CustomOp2 for CrossEntropy {
@@ -76,7 +101,7 @@ impl CustomOp2 for CrossEntropy {
             }
             let (begin, rows) = (i * chunk, targets.len());
             let x = Matrix::new(&hidden[begin * cols..], rows, cols, cols)?;
-            matmul(x, head.t(), 1.0, &mut logits, vocab, false)?;
+            self.product((x, false), (head, true), &mut logits, vocab, false)?;
             for (row, target) in logits.chunks_exact_mut(vocab).zip(targets) {
                 match target {
                     Some(id) => loss += autograd::cross_entropy(row, *id as usize),
@@ -85,10 +110,10 @@ impl CustomOp2 for CrossEntropy {
             }
             let d = Matrix::new(&logits, rows, vocab, vocab)?;
             if self.wanted.hidden {
-                matmul(d, head, 1.0, &mut gradients.hidden[begin * cols..], cols, false)?;
+                self.product((d, false), (head, false), &mut gradients.hidden[begin * cols..], cols, false)?;
             }
             if self.wanted.head {
-                matmul(d.t(), x, 1.0, &mut gradients.head, cols, true)?;
+                self.product((d, true), (x, false), &mut gradients.head, cols, true)?;
             }
         }
         *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = gradients;

@@ -21,7 +21,26 @@ pub use norm::rms_norm;
 pub use quantize::{fake_quantize, fake_ternary};
 
 use super::contiguous;
+use crate::backend::cpu::autograd;
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
+
+/// What the operands of matrix products are rounded to; sums are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Nothing.
+    #[default]
+    F32,
+    /// bf16, scaled so that quantised operands are not rounded at all (mixed precision). Attention stays f32.
+    BF16,
+}
+
+impl Precision {
+    /// What is fastest here: bf16 if this CPU multiplies it.
+    pub fn fastest() -> Self {
+        if autograd::has_bf16_products() { Self::BF16 } else { Self::F32 }
+    }
+}
 
 /// Calls `f` with the elements of a contiguous f32 tensor on the CPU.
 fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {

@@ -24,6 +24,16 @@ impl<'a> Matrix<'a> {
         Ok(Self { data, rows, cols, row_stride, col_stride: 1 })
     }
 
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// A row of a matrix that was not transposed.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.row_stride..][..self.cols]
+    }
+
     /// The transposed matrix, without moving anything.
     #[must_use]
     pub fn t(self) -> Self {

@@ -5,9 +5,11 @@
 
 mod attention;
 mod gemm;
+mod mixed;
 
 pub use attention::{attention, attention_backward};
 pub use gemm::{Matrix, matmul, matmul_tiled_gflops};
+pub use mixed::{Epilogue, Operand, has_bf16_products, matmul_bf16};
 
 use super::Gate;
 use super::isa::{Isa, per_isa};
@@ -69,6 +71,22 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 pub fn fake_quantize(x: &[f32], cols: usize, lambda: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(cols.max(1)).zip(out.chunks_exact_mut(cols.max(1))) {
         fake_quantize_row(Isa::best(), x, lambda, out);
+    }
+}
+
+/// The absolute maximum of each row of `cols` values.
+pub fn row_absmax(x: &[f32], cols: usize) -> Vec<f32> {
+    let row = |x: &[f32]| {
+        let mut max = 0.0;
+        absmax_row(Isa::best(), x, &mut max);
+        max
+    };
+    x.chunks_exact(cols.max(1)).map(row).collect()
+}
+
+per_isa! {
+    fn absmax_row(x: &[f32], max: &mut f32) {
+        *max = norm::absmax(x);
     }
 }
 
