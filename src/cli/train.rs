@@ -4,8 +4,9 @@ use super::print;
 use super::train_progress::{TrainingDisplay, device_and_threads};
 use anyhow::Result;
 use candle_bitnet::DeviceChoice;
-use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
-use candle_bitnet::train::scratch::{MASTERS, Scratch, Summary};
+use candle_bitnet::backend::cpu::autograd::product_gflops;
+use candle_bitnet::backend::host;
+use candle_bitnet::train::scratch::{MASTERS, Score, Scratch, Summary};
 use candle_bitnet::train::{Blocks, Masters, Outcome, Precision, Recipe, Schedule};
 use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::json;
@@ -40,6 +41,10 @@ pub struct Args {
     /// Threads of the CPU, each with a micro-batch of its own; the result does not depend on it [default: physical cores]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub threads: Option<usize>,
+
+    /// Score this text at the end with the best parameters; it plays no part in choosing them
+    #[arg(long, value_name = "FILE")]
+    pub held_out: Option<PathBuf>,
 
     /// Print the result as one JSON object
     #[arg(long)]
@@ -268,7 +273,8 @@ impl RecipeArgs {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     // Before any thread: training keeps every core busy with micro-batches.
-    keep_candle_on_the_calling_thread();
+    host::keep_candle_on_the_calling_thread();
+    host::keep_freed_memory();
     let (device, threads) = device_and_threads(args.device, args.threads)?;
     let run = match args.resume {
         true => Scratch::resume(&args.text, &args.out)?,
@@ -288,10 +294,31 @@ pub fn run(args: Args) -> Result<()> {
     let o = run.recipe().optimization;
     let display = TrainingDisplay::start(o.steps)?;
     display.note(&describe(&run, threads)?);
+    let plain = PlainProduct::measure(&run, device.is_cpu().then_some(threads))?;
     let mut observer = display.observer();
     let summary = run.run(&device, threads, &mut |event| observer(event))?;
     display.finish();
-    report(&args, &run, &summary)
+    let held_out = match (&args.held_out, summary.outcome) {
+        (Some(path), Outcome::Finished | Outcome::Stopped) => Some(run.evaluate(path, &device, threads)?),
+        _ => None,
+    };
+    report(&args, &run, &summary, plain, held_out)
+}
+
+/// What products alone reach on the same threads, in the run's own precision and shapes.
+#[derive(Debug, Clone, Copy)]
+struct PlainProduct {
+    gflops: Option<f64>,
+}
+
+impl PlainProduct {
+    fn measure(run: &Scratch, threads: Option<usize>) -> Result<Self> {
+        let (m, r) = (run.recipe().model, run.recipe());
+        let bf16 = r.optimization.precision == Precision::BF16;
+        let rows = r.batches.micro * m.context;
+        let gflops = threads.map(|threads| product_gflops(rows, 2 * m.intermediate, m.hidden, threads, bf16));
+        Ok(Self { gflops: gflops.transpose()? })
+    }
 }
 
 /// What is about to be trained.
@@ -308,14 +335,14 @@ fn describe(run: &Scratch, threads: usize) -> Result<String> {
     ))
 }
 
-fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
+fn report(args: &Args, run: &Scratch, s: &Summary, plain: PlainProduct, held_out: Option<Score>) -> Result<()> {
     let outcome = match s.outcome {
         Outcome::Finished => "finished",
         Outcome::Stopped => "stopped: no improvement",
         Outcome::Interrupted => "interrupted",
     };
     let speed = s.tokens as f64 / s.seconds.max(1e-9);
-    // Two operations a weight forward, four backward; the embedding's rows are read, not multiplied.
+    // Two operations forward and four backward for each weight that multiplies; attention's own products are left out.
     let c = run.config();
     let embedding = if c.tied_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 };
     let gflops = 6.0 * (c.parameters() - embedding) as f64 * speed / 1e9;
@@ -328,8 +355,10 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
                 "seconds": s.seconds,
                 "tokens_per_second": speed,
                 "gflops": gflops,
+            "plain_product_gflops": plain.gflops,
                 "skipped_steps": s.skipped,
                 "validation": s.best,
+            "held_out_bits_per_byte": held_out.map(|h| h.bits_per_byte()),
                 "parameters": c.parameters(),
                 "masters": args.out.join(MASTERS),
             })
@@ -337,8 +366,11 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
         );
     }
     let mut text = format!(
-        "{outcome} after {} steps, {} tokens in {:.0} s: {speed:.0} tokens/s, {gflops:.1} GFLOP/s\n",
-        s.steps, s.tokens, s.seconds
+        "{outcome} after {} steps, {} tokens in {:.0} s: {speed:.0} tokens/s, {gflops:.1} GFLOP/s{}\n",
+        s.steps,
+        s.tokens,
+        s.seconds,
+        plain.gflops.map_or(String::new(), |p| format!("; a plain product alone reaches {p:.1}")),
     );
     if s.skipped > 0 {
         text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
@@ -347,13 +379,22 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
         let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"));
         text += &format!("best validation at step {}: {:.4} nats a token{bits}\n", v.step, v.loss);
     }
+    if let (Some(h), Some(path)) = (held_out, &args.held_out) {
+        text += &format!(
+            "{}: {:.4} bits per byte ({} tokens, {} bytes)\n",
+            path.display(),
+            h.bits_per_byte(),
+            h.tokens,
+            h.bytes
+        );
+    }
     let out = args.out.display();
     text += &match s.outcome {
         Outcome::Interrupted => format!("go on with: bitnet train {} --out {out} --resume", args.text.display()),
         _ if run.recipe().optimization.quantize => {
             format!("try it with: bitnet generate -m {out}/{MASTERS} -p \"...\"")
         }
-        _ => "a dense model: its masters are there to compare, the ternary kernels would quantise them".into(),
+        _ => "a dense model, to compare with; the commands that run b1.58 models refuse it".into(),
     };
     print(&text)
 }

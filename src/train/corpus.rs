@@ -175,7 +175,7 @@ impl Stream {
             );
             return Err(Error::request("training text", reason));
         }
-        let validation = windows(validation, length, micro);
+        let validation = windows(validation, length, length, micro);
         let order = Mutex::new((u64::MAX, Vec::new()));
         Ok(Self { tokens, length, sequences, micro, seed, validation, validation_bytes, order })
     }
@@ -211,15 +211,26 @@ impl Stream {
     }
 }
 
-/// A token stream as batches of windows, each target once.
-pub fn windows(tokens: &[u32], length: usize, micro: usize) -> Vec<Batch> {
-    let starts: Vec<usize> = (0..tokens.len().saturating_sub(1)).step_by(length.max(1)).collect();
-    let batch = |starts: &[usize]| {
+/// A token stream as batches of sliding windows of `length` tokens, each `stride` after the one before: every token but
+/// the first is a target exactly once, in the first window that holds it, as `bitnet perplexity` scores it.
+pub fn windows(tokens: &[u32], length: usize, stride: usize, micro: usize) -> Vec<Batch> {
+    let last = tokens.len().saturating_sub(1);
+    // Inputs begin..begin + length predict the tokens up to begin + length; those up to `done` have been predicted.
+    let mut done = 0;
+    let mut starts = Vec::new();
+    for begin in (0..last).step_by(stride.clamp(1, length.max(1))) {
+        starts.push((begin, done));
+        done = (begin + length).min(last);
+        if done == last {
+            break;
+        }
+    }
+    let batch = |starts: &[(usize, usize)]| {
         let mut batch = Batch { length, tokens: Vec::new(), targets: Vec::new() };
-        for &start in starts {
-            for i in start..start + length {
+        for &(begin, done) in starts {
+            for i in begin..begin + length {
                 batch.tokens.push(tokens.get(i).copied().unwrap_or(tokens[0]));
-                batch.targets.push(tokens.get(i + 1).copied());
+                batch.targets.push(tokens.get(i + 1).copied().filter(|_| i + 1 > done));
             }
         }
         batch

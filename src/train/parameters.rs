@@ -1,5 +1,6 @@
 //! A model's trainable tensors, by the names that a checkpoint gives them.
 
+use crate::checkpoint::Checkpoint;
 use crate::model::config::{ModelConfig, Projection};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -124,6 +125,25 @@ impl Parameters {
             Ok(Parameter { name, kind, value })
         });
         Ok(Self { list: list.collect::<Result<_>>()? })
+    }
+
+    /// The masters of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for one that is missing, packed, or of another shape.
+    pub fn from_checkpoint(
+        config: &ModelConfig,
+        masters: Masters,
+        device: &Device,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self> {
+        Self::from_values(config, masters, device, |name, dims| {
+            let values = match *dims {
+                [rows, cols] => checkpoint.dense(name, rows, cols)?.to_f32(),
+                _ => checkpoint.vector(name, dims.iter().product())?,
+            };
+            Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
+        })
     }
 
     /// The parameters, in the order of a checkpoint.

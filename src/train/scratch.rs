@@ -3,19 +3,21 @@
 //! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `state.safetensors`
 //! (to resume from) and `masters/`, a checkpoint of the best parameters so far by validation.
 
-use super::corpus::{Corpus, Stream, tokenize};
-use super::decoder::Decoder;
+use super::corpus::{Corpus, Stream, read_documents, tokenize, windows};
+use super::decoder::{Batch, Decoder};
 use super::export::write_masters;
 use super::metrics::MetricsLog;
-use super::parameters::Parameters;
+use super::parameters::{Masters, Parameters};
 use super::recipe::Recipe;
 use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
-use super::trainer::{Data, Event, Outcome, Trainer, Validation};
+use super::trainer::{Data, Event, Outcome, Trainer, Validation, total_loss};
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::write_text;
 use crate::model::config::ModelConfig;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use candle_core::Device;
+use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -55,6 +57,24 @@ pub struct Summary {
     pub skipped: u64,
     /// The best validation.
     pub best: Option<Validation>,
+}
+
+/// How well a text is predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Score {
+    /// Cross-entropy of its tokens, nats.
+    pub nats: f64,
+    /// Tokens that were scored: all but the first.
+    pub tokens: usize,
+    /// Bytes that they stand for.
+    pub bytes: usize,
+}
+
+impl Score {
+    /// Bits a byte.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64
+    }
 }
 
 impl Scratch {
@@ -156,6 +176,29 @@ impl Scratch {
         Ok(Summary { outcome, steps: p.step, tokens: p.tokens, seconds: p.seconds, skipped: p.skipped, best: p.best })
     }
 
+    /// Scores a text that played no part in training with the best masters of this run, in sliding windows of the model's
+    /// context, half of it apart, by the training pass: the way to compare a dense twin, which inference refuses.
+    ///
+    /// # Errors
+    /// Those of [`read_documents`], and if there are no masters yet.
+    pub fn evaluate(&self, text: &Path, device: &Device, threads: usize) -> Result<Score> {
+        let documents = read_documents(text)?;
+        let separator = (documents.len() > 1).then(|| self.config.eos_tokens.first().copied()).flatten();
+        let ids = tokenize(&self.tokenizer, &documents, separator)?;
+        let (length, micro) = (self.recipe.model.context, self.recipe.batches.micro);
+        let batches = windows(&ids, length, length / 2, micro);
+        let tokens = batches.iter().map(Batch::counted).sum();
+        if tokens == 0 {
+            return Err(Error::file(text, "too short: there is no token to predict"));
+        }
+        let bytes = self.tokenizer.decode(&ids[1..], true)?.len();
+        let checkpoint = Checkpoint::open(&self.dir.join(MASTERS))?;
+        let parameters = Parameters::from_checkpoint(&self.config, Masters::F32, device, &checkpoint)?;
+        let lambda = self.recipe.optimization.final_lambda();
+        let nats = total_loss(&self.decoder, &parameters, lambda, &batches, threads)?;
+        Ok(Score { nats, tokens, bytes })
+    }
+
     /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.
     fn export(&self, parameters: &Parameters) -> Result<()> {
         let dir = self.dir.join(MASTERS);
@@ -168,6 +211,6 @@ impl Scratch {
             "eos_token_id": self.config.eos_tokens.first(),
         });
         write_text(&dir.join("generation_config.json"), &format!("{generation:#}\n"))?;
-        write_masters(&dir, &self.config, parameters)
+        write_masters(&dir, &self.config, parameters, self.recipe.optimization.quantize)
     }
 }

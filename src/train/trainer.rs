@@ -185,6 +185,11 @@ impl Optimization {
         AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, clip: self.clip }
     }
 
+    /// The part by which the quantisers are mixed in when all is done: what a model is judged by.
+    pub fn final_lambda(&self) -> f32 {
+        if self.quantize { 1.0 } else { 0.0 }
+    }
+
     /// The part by which the quantisers are mixed in at a step.
     pub fn lambda(&self, step: u64) -> f32 {
         match (self.quantize, self.lambda_warmup) {
@@ -435,13 +440,8 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
         if count == 0 {
             return Ok(None);
         }
-        let lambda = if self.optimization.quantize { 1.0 } else { 0.0 };
-        let prepared = self.model.prepare(&self.parameters, lambda)?;
-        let sums = in_order(self.threads, batches.len(), |i| {
-            let loss = M::loss(&prepared, &batches[i], Regularization::default())?;
-            Ok((f64::from(loss.to_scalar::<f32>()?), Vec::new()))
-        })?;
-        let nats = sums.map_or(f64::NAN, |(loss, _)| loss);
+        let lambda = self.optimization.final_lambda();
+        let nats = total_loss(self.model, &self.parameters, lambda, batches, self.threads)?;
         let bytes = self.data.validation_bytes();
         let loss = nats / count as f64;
         Ok(Some(Validation {
@@ -451,6 +451,25 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
             best: loss.is_finite() && self.progress.best.is_none_or(|best| loss < best.loss),
         }))
     }
+}
+
+/// The cross-entropy of all targets of these batches, nats, without dropout and gradients' use.
+///
+/// # Errors
+/// If a batch does not fit the model.
+pub fn total_loss<M: Trainable>(
+    model: &M,
+    parameters: &Parameters,
+    lambda: f32,
+    batches: &[Batch],
+    threads: usize,
+) -> Result<f64> {
+    let prepared = model.prepare(parameters, lambda)?;
+    let sums = in_order(threads, batches.len(), |i| {
+        let loss = M::loss(&prepared, &batches[i], Regularization::default())?;
+        Ok((f64::from(loss.to_scalar::<f32>()?), Vec::new()))
+    })?;
+    Ok(sums.map_or(f64::NAN, |(loss, _)| loss))
 }
 
 /// A loss and its gradients.

@@ -6,10 +6,12 @@
 mod attention;
 mod gemm;
 mod mixed;
+mod speed;
 
 pub use attention::{attention, attention_backward};
-pub use gemm::{Matrix, matmul, matmul_tiled_gflops};
+pub use gemm::{Matrix, matmul};
 pub use mixed::{Epilogue, Operand, has_bf16_products, matmul_bf16};
+pub use speed::product_gflops;
 
 use super::Gate;
 use super::isa::{Isa, per_isa};
