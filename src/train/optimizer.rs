@@ -222,3 +222,53 @@ impl InplaceOp3 for Update {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(seed: u64, scale: f32) -> Tensor {
+        let value = |i: u64| (autograd::seed_of(&[seed, i]) >> 40) as f32 / 8_388_608.0 - 1.0;
+        Tensor::from_vec((0..3 * 67).map(|i| value(i) * scale).collect::<Vec<f32>>(), (3, 67), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn both_forms_of_an_update_agree() {
+        for dtype in [DType::F32, DType::BF16] {
+            let start = values(1, 1.0).to_dtype(dtype).unwrap();
+            let copy = |t: &Tensor| t.copy().unwrap();
+            let zeros = || Tensor::zeros((3, 67), DType::F32, &Device::Cpu).unwrap();
+            let (a, mut b) = ((copy(&start), zeros(), zeros()), (copy(&start), zeros(), zeros()));
+            let mut different = 0;
+            for t in 1..=5 {
+                let update = Update {
+                    first: Moments { beta: 0.9, factor: 0.3, squared: false },
+                    second: Moments { beta: 0.95, factor: 0.3, squared: true },
+                    step: autograd::AdamW {
+                        lr: 0.01,
+                        weight_decay: 0.1,
+                        eps: 1e-8,
+                        correction1: 1.0 / (1.0 - 0.9f32.powi(t)),
+                        correction2: 1.0 / (1.0 - 0.95f32.powi(t)),
+                    },
+                    seed: t as u64,
+                };
+                let g = values(t as u64 + 1, 5.0);
+                update.in_place(&a.0, &a.1, &a.2, &g).unwrap();
+                update.composed(&mut b.0, &mut b.1, &mut b.2, &g).unwrap();
+                for (a, b) in [(&a.0, &b.0), (&a.1, &b.1), (&a.2, &b.2)] {
+                    assert_eq!(a.dtype(), b.dtype());
+                    let flat =
+                        |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    for (a, b) in flat(a).into_iter().zip(flat(b)) {
+                        // The same noise: a bf16 differs only where a last bit of f32 decided.
+                        let near = (a - b).abs() <= 1e-5 * a.abs().max(0.1);
+                        different += usize::from(!near);
+                        assert!(near || dtype == DType::BF16, "{a} and {b}");
+                    }
+                }
+            }
+            assert!(different <= 5, "{dtype:?}: {different} values");
+        }
+    }
+}

@@ -97,7 +97,7 @@ impl Shape {
         let kv_heads = self.kv_heads.unwrap_or(self.heads);
         range("kv_heads", kv_heads, 1, self.heads)?;
         range("vocab", self.vocab, MIN_VOCAB, MAX_TRAINED_VOCAB)?;
-        range("context", self.context, 2, MAX_POSITIONS)?;
+        range("context (--length)", self.context, 2, MAX_POSITIONS)?;
         let divides = |name: &str, value: usize, by: usize, what: &str| match value.is_multiple_of(by) {
             true => Ok(()),
             false => Err(Error::request(name, format!("{value} is no multiple of {by} ({what})"))),
@@ -208,11 +208,11 @@ impl Recipe {
         }
         let most = (MAX_STEP_TOKENS / self.model.context).max(1);
         if !(1..=most).contains(&b.sequences) {
-            return Err(Error::request("sequences", format!("{} is out of range: 1 to {most}", b.sequences)));
+            return Err(Error::request("sequences (--batch)", format!("{} is out of range: 1 to {most}", b.sequences)));
         }
         if !(1..=b.sequences).contains(&b.micro) {
             let reason = format!("{} is out of range: 1 to {}, the sequences of a step", b.micro, b.sequences);
-            return Err(Error::request("micro", reason));
+            return Err(Error::request("micro (--micro-batch)", reason));
         }
         Ok(())
     }
@@ -242,7 +242,7 @@ mod tests {
         };
         assert!(error(&|r| r.model.heads = 3).starts_with("hidden: 256 is no multiple of 3"));
         assert!(error(&|r| r.model.vocab = 10).starts_with("vocab: 10 is out of range: 257"));
-        assert!(error(&|r| r.batches.micro = 17).starts_with("micro: 17 is out of range: 1 to 16"));
+        assert!(error(&|r| r.batches.micro = 17).starts_with("micro (--micro-batch): 17 is out of range: 1 to 16"));
         assert!(error(&|r| r.batches.validation = 0.9).starts_with("validation: 0.9"));
         assert!(error(&|r| r.optimization.lr = f64::NAN).starts_with("lr: NaN"));
         assert!(error(&|r| r.optimization.dropout = 1.0).starts_with("dropout: 1"));

@@ -569,3 +569,32 @@ fn in_order(threads: usize, count: usize, work: impl Fn(usize) -> Result<Sums> +
         None => Ok(s.sums),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    #[test]
+    fn results_are_added_in_order_and_failures_end_the_wait() {
+        let delayed = |i: usize| {
+            std::thread::sleep(Duration::from_millis(8 - i as u64));
+            // Sums that depend on their order.
+            let value = [1e8f32, 1.0, -1e8, 1.0, 3.0, 1e8, 0.5][i];
+            Ok((f64::from(value), vec![Tensor::new(value, &candle_core::Device::Cpu)?]))
+        };
+        let sum = |threads| {
+            let (loss, tensors) = in_order(threads, 7, delayed).unwrap().unwrap();
+            (loss, tensors[0].to_scalar::<f32>().unwrap())
+        };
+        let one = sum(1);
+        assert_eq!((sum(2), sum(3), sum(9)), (one, one, one));
+        assert!(in_order(3, 0, delayed).unwrap().is_none());
+        for threads in 1..5 {
+            let failing = |i| if i == 2 { Err(Error::Training("two".into())) } else { delayed(i) };
+            assert_eq!(in_order(threads, 7, failing).unwrap_err().to_string(), "training: two");
+            let panicking = |i| if i == 2 { panic!("two") } else { delayed(i) };
+            assert!(catch_unwind(AssertUnwindSafe(|| in_order(threads, 7, panicking).map(drop))).is_err());
+        }
+    }
+}
