@@ -235,7 +235,7 @@ fn the_straight_through_formula_holds() {
         }
         let dy = flat(&direction);
         let sum = |n: usize, f: &dyn Fn(usize) -> (f32, f32)| {
-            (0..n).map(|i| f(i)).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
+            (0..n).map(f).map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
         };
         let table = |r: usize, c: usize, n: usize, f: &dyn Fn(usize, usize, usize) -> (f32, f32)| {
             let all = (0..r * c).map(|i| sum(n, &|k| f(i / c, i % c, k))).collect::<Vec<f32>>();
