@@ -17,6 +17,8 @@ mod logits;
 mod perplexity;
 #[path = "cli/tools.rs"]
 mod tools;
+#[path = "cli/train.rs"]
+mod train;
 
 use assert_cmd::Command;
 use std::process::Output;

@@ -27,7 +27,7 @@ pub struct Args {
     pub out: PathBuf,
 
     /// Go on with the run in --out from its last saved state
-    #[arg(long, conflicts_with_all = RECIPE_FLAGS)]
+    #[arg(long, conflicts_with_all = ["config", "RecipeArgs"])]
     pub resume: bool,
 
     /// Recipe (TOML); flags override what it says
@@ -54,42 +54,7 @@ pub struct Args {
     recipe: RecipeArgs,
 }
 
-/// Flags that change a recipe, and so cannot stand beside --resume.
-const RECIPE_FLAGS: [&str; 31] = [
-    "config",
-    "blocks",
-    "hidden",
-    "intermediate",
-    "layers",
-    "heads",
-    "kv_heads",
-    "vocab",
-    "length",
-    "untied",
-    "masters",
-    "steps",
-    "batch",
-    "micro_batch",
-    "validation",
-    "lr",
-    "warmup",
-    "schedule",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "clip",
-    "dropout",
-    "precision",
-    "lambda_warmup",
-    "dense",
-    "eval_every",
-    "save_every",
-    "patience",
-    "seed",
-    "rope_theta",
-];
-
-/// The recipe's settings as flags.
+/// The recipe's settings as flags. The group of their name is what cannot stand beside --resume.
 #[derive(Debug, Clone, ClapArgs)]
 struct RecipeArgs {
     /// Blocks: bitnet (sub-norms, relu²) or llama (SiLU)
@@ -221,7 +186,7 @@ impl RecipeArgs {
         set(&mut m.intermediate, self.intermediate);
         set(&mut m.layers, self.layers);
         set(&mut m.heads, self.heads);
-        set(&mut m.kv_heads, self.kv_heads.or(self.heads));
+        m.kv_heads = self.kv_heads.or(m.kv_heads);
         set(&mut m.vocab, self.vocab);
         set(&mut m.context, self.length);
         m.tied &= !self.untied;

@@ -51,11 +51,17 @@ impl Decoder {
     /// A decoder of this configuration.
     ///
     /// # Errors
-    /// [`Error::Shape`] for heads that no kernel runs; [`Error::Request`] for norms inside BitLinear, which only come
-    /// from converted models.
+    /// [`Error::Shape`] for heads that no kernel runs; [`Error::Request`] for norms inside BitLinear and for projections
+    /// that are not BitLinear, which only come from converted models.
     pub fn new(config: &ModelConfig) -> Result<Self> {
         if config.quantization.use_rms_norm {
             let reason = "models with a norm inside BitLinear (use_rms_norm) cannot be trained, only adapted";
+            return Err(Error::request("model", reason));
+        }
+        let linears = (0..config.num_layers).flat_map(|layer| config.linears(layer));
+        if let Some((name, ..)) = linears.into_iter().find(|(name, ..)| !config.is_converted(name)) {
+            let reason =
+                format!("{name} is in modules_to_not_convert; only models whose every layer is ternary can be trained");
             return Err(Error::request("model", reason));
         }
         Ok(Self {
@@ -177,6 +183,27 @@ pub struct Prepared<'a> {
 }
 
 impl Prepared<'_> {
+    /// The same weights without variables, so that a forward pass keeps nothing for gradients.
+    pub(super) fn frozen(self) -> Self {
+        let layer = |l: Layer| Layer {
+            input_norm: l.input_norm.detach(),
+            qkv: l.qkv.detach(),
+            attention_sub_norm: l.attention_sub_norm.map(|n| n.detach()),
+            output: l.output.detach(),
+            post_attention_norm: l.post_attention_norm.detach(),
+            gate_up: l.gate_up.detach(),
+            mlp_sub_norm: l.mlp_sub_norm.map(|n| n.detach()),
+            down: l.down.detach(),
+        };
+        Self {
+            embedding: self.embedding.detach(),
+            layers: self.layers.into_iter().map(layer).collect(),
+            norm: self.norm.detach(),
+            head: self.head.detach(),
+            ..self
+        }
+    }
+
     fn device(&self) -> &Device {
         self.embedding.device()
     }

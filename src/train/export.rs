@@ -3,7 +3,7 @@
 use super::parameters::{Kind, Parameters};
 use super::state::bytes_of;
 use crate::checkpoint::StoredType;
-use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, write_checkpoint, write_text};
+use crate::checkpoint::write::{Entry, write_checkpoint, write_text};
 use crate::model::config::ModelConfig;
 use crate::{Error, Result};
 use candle_core::DType;
@@ -32,7 +32,8 @@ pub fn write_masters(dir: &Path, config: &ModelConfig, parameters: &Parameters, 
             out.write_all(&bytes_of(&value).map_err(std::io::Error::other)?.1)
         }));
     }
-    write_checkpoint(dir, entries, DEFAULT_SHARD_BYTES, &mut |_| {})?;
+    // One file of any size: replacing it is one rename, where shards of two checkpoints could be mixed by a crash.
+    write_checkpoint(dir, entries, u64::MAX, &mut |_| {})?;
     let mut json = config.to_json();
     if !quantized {
         let bad = |e: serde_json::Error| Error::file(dir.join("config.json"), e.to_string());

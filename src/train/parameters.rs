@@ -51,10 +51,15 @@ pub struct Parameter {
 }
 
 /// All trainable tensors of a decoder, in the order of a checkpoint.
+///
+/// A clone shares the tensors, and training updates them in place: [`Parameters::copied`] has its own.
 #[derive(Debug, Clone)]
 pub struct Parameters {
     list: Vec<Parameter>,
 }
+
+/// The embedding and the output head.
+const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 
 /// Where a tensor of the model stands and what it looks like.
 fn layout(config: &ModelConfig) -> Vec<(String, Kind, Vec<usize>)> {
@@ -76,7 +81,7 @@ fn layout(config: &ModelConfig) -> Vec<(String, Kind, Vec<usize>)> {
 
 impl Parameters {
     /// Random values: normal with deviation `1 / sqrt(inputs)`, those that write to the residual stream less by
-    /// `sqrt(2 · layers)`, as GPT-2 does; embeddings 0.02; norms 1. The same seed gives the same values everywhere.
+    /// `sqrt(2 · layers)`, as GPT-2 does; embeddings 0.02; norms 1. The same seed gives the same values on every device.
     ///
     /// # Errors
     /// Of candle.
@@ -89,7 +94,7 @@ impl Parameters {
             let writes = [Projection::Output, Projection::Down].iter().any(|p| name.contains(p.path()));
             let deviation = match (kind, writes) {
                 (Kind::Norm, _) => 0.0,
-                (_, false) if dims.first() == Some(&config.vocab_size) => 0.02,
+                (Kind::Dense, _) if EMBEDDINGS.contains(&name.as_str()) => 0.02,
                 (_, writes) => {
                     let inputs = dims.last().copied().unwrap_or(1) as f32;
                     inputs.sqrt().recip() / if writes { residual } else { 1.0 }
@@ -144,6 +149,15 @@ impl Parameters {
             };
             Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
         })
+    }
+
+    /// The same values in tensors of their own.
+    ///
+    /// # Errors
+    /// Of candle.
+    pub fn copied(&self) -> Result<Self> {
+        let copy = |p: &Parameter| Ok(Parameter { value: p.value.contiguous()?.copy()?, ..p.clone() });
+        Ok(Self { list: self.list.iter().map(copy).collect::<Result<_>>()? })
     }
 
     /// The parameters, in the order of a checkpoint.

@@ -11,13 +11,15 @@ use super::parameters::{Masters, Parameters};
 use super::recipe::Recipe;
 use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
 use super::trainer::{Data, Event, Outcome, Trainer, Validation, total_loss};
+use crate::backend::host;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::write_text;
+use crate::checkpoint::write::{UNFINISHED, check_target, write_text};
 use crate::model::config::ModelConfig;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::Serialize;
+use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +32,9 @@ pub const METRICS: &str = "metrics.jsonl";
 /// The directory of the best masters.
 pub const MASTERS: &str = "masters";
 
+/// The file by which a process keeps others out.
+const LOCK: &str = ".lock";
+
 /// A prepared run.
 #[derive(Debug)]
 pub struct Scratch {
@@ -40,6 +45,8 @@ pub struct Scratch {
     decoder: Decoder,
     stream: Stream,
     resumed: bool,
+    /// Held while this process trains in the directory.
+    lock: Option<File>,
 }
 
 /// What a run came to.
@@ -89,10 +96,17 @@ impl Scratch {
             let reason = format!("{} holds a run; resume it, or name another directory", dir.display());
             return Err(Error::request("output directory", reason));
         }
+        // A run whose recipe was removed, a model, or files of somebody else's that would be replaced.
+        if let Some(name) = [METRICS, MASTERS].into_iter().find(|name| dir.join(name).exists()) {
+            let reason = format!("{} already holds {name}; choose another directory", dir.display());
+            return Err(Error::request("output directory", reason));
+        }
+        check_target(dir)?;
         let corpus = Corpus::read(text, recipe.batches.validation)?;
         let tokenizer = train_bpe(&corpus.train, recipe.model.vocab)?;
-        let run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
+        let mut run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        run.lock = Some(lock(dir)?);
         write_tokenizer(&run.tokenizer, dir)?;
         write_text(&dir.join(RECIPE), &recipe.to_toml()?)?;
         Ok(run)
@@ -105,8 +119,11 @@ impl Scratch {
     pub fn resume(text: &Path, dir: &Path) -> Result<Self> {
         let recipe = Recipe::read(&dir.join(RECIPE))?;
         recipe.check()?;
+        let lock = lock(dir)?;
+        [dir, &dir.join(MASTERS)].into_iter().for_each(remove_unfinished);
         let corpus = Corpus::read(text, recipe.batches.validation)?;
-        Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)
+        let run = Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)?;
+        Ok(Self { lock: Some(lock), ..run })
     }
 
     fn prepare(dir: &Path, recipe: Recipe, tokenizer: Tokenizer, corpus: &Corpus, resumed: bool) -> Result<Self> {
@@ -115,12 +132,14 @@ impl Scratch {
         let separator = corpus.separate.then_some(end);
         let train = tokenize(&tokenizer, &corpus.train, separator)?;
         let validation = tokenize(&tokenizer, &corpus.validation, separator)?;
-        let bytes = tokenizer.decode(validation.get(1..).unwrap_or_default(), true)?.len();
+        // The first token is not predicted. Byte-level tokens are spelt with one character a byte.
+        let first = validation.first().and_then(|id| tokenizer.id_to_token(*id)).map_or(0, |t| t.chars().count());
+        let bytes = corpus.validation.iter().map(String::len).sum::<usize>().saturating_sub(first);
         let (b, m) = (recipe.batches, recipe.model);
         let seed = recipe.optimization.seed;
         let stream = Stream::new(train, m.context, b.sequences, b.micro, seed, &validation, bytes)?;
         let decoder = Decoder::new(&config)?.with_precision(recipe.optimization.precision);
-        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed })
+        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed, lock: None })
     }
 
     /// The settings.
@@ -146,7 +165,7 @@ impl Scratch {
     /// Trains to the end of the recipe or until `observe` breaks; everything that is written is written whole.
     ///
     /// # Errors
-    /// Those of [`Trainer::run`].
+    /// Those of [`Trainer::resume`] and [`Trainer::run`]; [`Error::Unavailable`] if this machine has too little memory.
     pub fn run(
         &self,
         device: &Device,
@@ -154,6 +173,9 @@ impl Scratch {
         observe: &mut dyn FnMut(Event<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Summary> {
         let o = self.recipe.optimization;
+        if device.is_cpu() {
+            self.check_memory(threads)?;
+        }
         let parameters = Parameters::random(&self.config, self.recipe.model.masters, device, o.seed)?;
         let mut trainer = Trainer::new(&self.decoder, &self.stream, parameters, o, threads)?;
         let state = self.dir.join(STATE);
@@ -199,6 +221,19 @@ impl Scratch {
         Ok(Score { nats, tokens, bytes })
     }
 
+    /// Parameters, moments, effective weights, and gradients of every thread: what a run needs beside activations.
+    fn check_memory(&self, threads: usize) -> Result<()> {
+        let value = self.recipe.model.masters.dtype().size_in_bytes() as u64 + 3 * 4;
+        let needed = self.config.parameters().saturating_mul(value + 4 * (threads as u64 + 1));
+        match host::available_bytes() {
+            Some(available) if needed > available => Err(Error::Unavailable {
+                what: format!("{:.1} GB of memory for {} parameters", needed as f64 / 1e9, self.config.parameters()),
+                reason: format!("{:.1} GB are free; train a smaller model or on fewer threads", available as f64 / 1e9),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.
     fn export(&self, parameters: &Parameters) -> Result<()> {
         let dir = self.dir.join(MASTERS);
@@ -212,5 +247,28 @@ impl Scratch {
         });
         write_text(&dir.join("generation_config.json"), &format!("{generation:#}\n"))?;
         write_masters(&dir, &self.config, parameters, self.recipe.optimization.quantize)
+    }
+}
+
+/// Two processes must not train in one directory. The system ends the lock with the process, however that ends.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let reason = format!("another process is training in {}; wait for it, or stop it", dir.display());
+            Err(Error::request("output directory", reason))
+        }
+        // Not every file system has locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+/// Removes what a killed process was writing. Best effort: such files only take space.
+fn remove_unfinished(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 }

@@ -269,12 +269,22 @@ impl AdamW {
     /// half a step of bf16. What is random is a function of `seed` and the position.
     pub fn update_bf16(&self, w: &mut [bf16], m: &[f32], v: &[f32], seed: u64) {
         for (i, ((w, m), v)) in w.iter_mut().zip(m).zip(v).enumerate() {
-            let exact = self.stepped(w.to_f32(), *m, *v);
-            let noise = (mix(seed.wrapping_add(i as u64 + 1)) & 0xffff) as u32;
-            // Finite values below the largest only: the norm of the gradient was checked.
-            *w = bf16::from_bits((exact.to_bits().wrapping_add(noise) >> 16) as u16);
+            *w = round_stochastically(self.stepped(w.to_f32(), *m, *v), seed, i);
         }
     }
+}
+
+/// One of the two bf16 next to `x`, the nearer one more likely, so that the mean is `x`: the noise of the `index`-th
+/// value under `seed`. For finite values below the largest bf16 only.
+#[inline(always)]
+pub fn round_stochastically(x: f32, seed: u64, index: usize) -> bf16 {
+    let noise = (mix(seed.wrapping_add(index as u64 + 1)) & 0xffff) as u32;
+    bf16::from_bits((x.to_bits().wrapping_add(noise) >> 16) as u16)
+}
+
+/// A seed of its own for each combination of numbers, far from those of its neighbours.
+pub fn seed_of(numbers: &[u64]) -> u64 {
+    numbers.iter().fold(0, |seed, n| mix(seed ^ mix(n.wrapping_add(1))))
 }
 
 per_isa! {
