@@ -1,9 +1,11 @@
 //! A run from scratch in a directory: text and recipe in, a checkpoint of masters out.
 //!
-//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `state.safetensors`
-//! (to resume from) and `masters/`, a checkpoint of the best parameters so far by validation.
+//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `curve.svg` (drawn
+//! from it after each validation), `state.safetensors` (to resume from) and `masters/`, a checkpoint of the best parameters
+//! so far by validation.
 
 use super::corpus::{Corpus, Stream, tokenize};
+use super::curve::write_curve;
 use super::decoder::Decoder;
 use super::export::write_masters;
 use super::metrics::MetricsLog;
@@ -25,6 +27,8 @@ pub const RECIPE: &str = "recipe.toml";
 pub const STATE: &str = "state.safetensors";
 /// The log's file.
 pub const METRICS: &str = "metrics.jsonl";
+/// The curve's file.
+pub const CURVE: &str = "curve.svg";
 /// The directory of the best masters.
 pub const MASTERS: &str = "masters";
 
@@ -140,15 +144,22 @@ impl Scratch {
         if self.resumed && state.exists() {
             trainer = trainer.resume(&state)?;
         }
-        let mut log = MetricsLog::open(&self.dir.join(METRICS), trainer.progress().step)?;
+        let (metrics, curve) = (self.dir.join(METRICS), self.dir.join(CURVE));
+        let mut log = MetricsLog::open(&metrics, trainer.progress().step)?;
         let validates = !self.stream.validation().is_empty();
         let outcome = trainer.run(Some(&state), &mut |event| {
             log.record(&event)?;
-            if let Event::Best(parameters) = &event {
-                self.export(parameters)?;
+            match &event {
+                Event::Best(parameters) => self.export(parameters)?,
+                Event::Validated(_) => write_curve(&metrics, &curve)?,
+                _ => {}
             }
             observe(event)
-        })?;
+        });
+        // Also of a run that failed: the curve may show why.
+        let drawn = write_curve(&metrics, &curve);
+        let outcome = outcome?;
+        drawn?;
         if !validates {
             self.export(trainer.parameters())?;
         }
