@@ -98,11 +98,13 @@ impl Curve {
         self.loss.iter().enumerate().map(|(i, (x, _))| (*x, mean(i))).collect()
     }
 
-    /// What the axes show: all of the smoothed loss and of the validations, with room around them.
+    /// What the axes show: the smoothed loss and the validations, with room around them. The first 2 % of a long run may
+    /// leave it at the top: they fall by more than all that follows.
     fn ranges(&self, smoothed: &[(f64, f64)]) -> (Range<f64>, Range<f64>) {
         let points = || smoothed.iter().chain(&self.validation);
         let last = points().map(|p| p.0).fold(0.0, f64::max);
-        let (low, high) = points().fold((f64::INFINITY, 0.0), |(l, h): (f64, f64), p| (l.min(p.1), h.max(p.1)));
+        let later = points().filter(|p| p.0 * SMOOTHED as f64 >= last);
+        let (low, high) = later.fold((f64::INFINITY, 0.0), |(l, h): (f64, f64), p| (l.min(p.1), h.max(p.1)));
         if !low.is_finite() {
             return (0.0..1.0, 0.0..1.0);
         }
@@ -159,7 +161,7 @@ fn draw(curve: &Curve, svg: &mut String) -> std::result::Result<(), Box<dyn std:
         .y_desc("nats per token")
         .x_label_formatter(&short)
         .y_label_formatter(&short)
-        .light_line_style(WHITE)
+        .max_light_lines(0)
         .bold_line_style(GREY.mix(0.2))
         .axis_style(GREY)
         .label_style(font(14).color(&GREY))
@@ -178,24 +180,26 @@ fn draw(curve: &Curve, svg: &mut String) -> std::result::Result<(), Box<dyn std:
     // Single steps that leave the range are drawn at its edge.
     let single = thin(&curve.loss).into_iter().map(|(x, loss)| (x, loss.clamp(y.start, y.end)));
     chart.draw_series(LineSeries::new(single, LOSS.mix(0.25)))?;
+    let shown = |points: &[(f64, f64)]| points.iter().copied().filter(|p| p.1 <= y.end).collect::<Vec<_>>();
+    let validation = shown(&curve.validation);
     let key = |style: ShapeStyle| move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style);
     if !smoothed.is_empty() {
         let line = LOSS.stroke_width(2);
-        chart.draw_series(LineSeries::new(thin(&smoothed), line))?.label("training loss, smoothed").legend(key(line));
+        chart.draw_series(LineSeries::new(thin(&shown(&smoothed)), line))?.label("training loss, smoothed").legend(key(line));
         // A line of one point cannot be seen.
         if let [only] = smoothed[..] {
             chart.draw_series([Circle::new(only, 3, LOSS.filled())])?;
         }
     }
     if let Some(last) = curve.validation.last() {
-        let shown = ratio.map_or(String::new(), |r| format!(", {:.3} bits per byte at last", last.1 * r));
+        let bits = ratio.map_or(String::new(), |r| format!(", {:.3} bits per byte at last", last.1 * r));
         let line = VALIDATION.stroke_width(2);
         chart
-            .draw_series(LineSeries::new(thin(&curve.validation), line))?
-            .label(format!("validation loss{shown}"))
+            .draw_series(LineSeries::new(thin(&validation), line))?
+            .label(format!("validation loss{bits}"))
             .legend(key(line));
-        if curve.validation.len() <= MAX_POINTS / 10 {
-            chart.draw_series(curve.validation.iter().map(|p| Circle::new(*p, 3, VALIDATION.filled())))?;
+        if validation.len() <= MAX_POINTS / 10 {
+            chart.draw_series(validation.iter().map(|p| Circle::new(*p, 3, VALIDATION.filled())))?;
         }
     }
     if curve.loss.is_empty() && curve.validation.is_empty() {
@@ -298,6 +302,9 @@ mod tests {
             points.iter().fold((f64::INFINITY, 0.0), |(l, h): (f64, f64), p| (l.min(p.1), h.max(p.1)))
         };
         assert_eq!(extremes(&thinned), extremes(&curve.loss));
+        // The first steps are above what is shown, the others within.
+        let (_, y) = curve.ranges(&curve.smoothed());
+        assert!(y.start < 2.5 && (3.0..5.0).contains(&y.end), "{y:?}");
         // The mean of 2000 steps hardly moves where the steps' losses do.
         let smoothed = curve.smoothed();
         assert!(smoothed[50_000..].windows(2).all(|w| (w[0].1 - w[1].1).abs() < 1e-3));
