@@ -1,7 +1,7 @@
 //! Where a model's files are: in a directory, or in this program.
 
-use super::hub::{self, HubOptions};
 use super::builtin;
+use super::hub::{self, HubOptions};
 use super::limits::quoted;
 use crate::{Error, Result};
 use std::borrow::Cow;
@@ -74,7 +74,9 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Io`].
     pub fn list(&self) -> Result<Vec<(String, bool)>> {
-        let Self::Directory(dir) = self else { return Ok(builtin::files().map(|(n, _)| (n.to_owned(), true)).collect()) };
+        let Self::Directory(dir) = self else {
+            return Ok(builtin::files().map(|(n, _)| (n.to_owned(), true)).collect());
+        };
         let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
         entries
             .map(|entry| {

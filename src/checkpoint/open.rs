@@ -49,7 +49,8 @@ impl Checkpoint {
     fn open_embedded(source: ModelFiles) -> Result<Self> {
         let (config_path, listing) = (source.path(CONFIG_FILE), source.path(SINGLE_FILE));
         let bytes = |name: &str| source.embedded(name).unwrap_or_default();
-        let config = std::str::from_utf8(bytes(CONFIG_FILE)).map_err(|_| Error::file(&config_path, "not UTF-8 text"))?;
+        let config =
+            std::str::from_utf8(bytes(CONFIG_FILE)).map_err(|_| Error::file(&config_path, "not UTF-8 text"))?;
         let file = MappedFile::embedded(&listing, bytes(SINGLE_FILE));
         let tensors = header::parse(&listing, file.bytes())?;
         let (config, files) = (config.to_owned(), vec![Arc::new(file)]);

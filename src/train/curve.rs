@@ -185,7 +185,10 @@ fn draw(curve: &Curve, svg: &mut String) -> std::result::Result<(), Box<dyn std:
     let key = |style: ShapeStyle| move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style);
     if !smoothed.is_empty() {
         let line = LOSS.stroke_width(2);
-        chart.draw_series(LineSeries::new(thin(&shown(&smoothed)), line))?.label("training loss, smoothed").legend(key(line));
+        chart
+            .draw_series(LineSeries::new(thin(&shown(&smoothed)), line))?
+            .label("training loss, smoothed")
+            .legend(key(line));
         // A line of one point cannot be seen.
         if let [only] = smoothed[..] {
             chart.draw_series([Circle::new(only, 3, LOSS.filled())])?;
@@ -268,7 +271,8 @@ mod tests {
             assert!(drawn.contains(part), "no {part:?} in {drawn}");
         }
         // A fine-tuning's validations have no bytes.
-        let plain = svg(STEPS.replace("\"validation_bits_per_byte\":2.0", "\"validation_bits_per_byte\":null").as_bytes());
+        let plain =
+            svg(STEPS.replace("\"validation_bits_per_byte\":2.0", "\"validation_bits_per_byte\":null").as_bytes());
         assert!(plain.contains("validation loss") && !plain.contains("bits per byte"));
     }
 
@@ -285,7 +289,8 @@ mod tests {
 
     #[test]
     fn a_log_without_tokens_counts_steps() {
-        let curve = Curve::read(b"{\"step\":10,\"loss\":2}\n{\"step\":20,\"loss\":1}\n{\"step\":20,\"validation_loss\":3}\n");
+        let curve =
+            Curve::read(b"{\"step\":10,\"loss\":2}\n{\"step\":20,\"loss\":1}\n{\"step\":20,\"validation_loss\":3}\n");
         assert_eq!((curve.by_tokens, curve.loss[1].0, curve.validation[0].0), (false, 20.0, 20.0));
     }
 

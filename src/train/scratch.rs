@@ -182,3 +182,35 @@ impl Scratch {
         write_masters(&dir, &self.config, parameters)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_leaves_its_log_its_curve_and_its_masters() {
+        let dir = tempfile::tempdir().unwrap();
+        let (text, out) = (dir.path().join("text.txt"), dir.path().join("run"));
+        std::fs::write(&text, "Now fades the lamp, and yonder hill puts on a crown.\n".repeat(40)).unwrap();
+        let mut recipe = Recipe::default();
+        let (m, b, o) = (&mut recipe.model, &mut recipe.batches, &mut recipe.optimization);
+        (m.hidden, m.intermediate, m.layers, m.heads, m.kv_heads, m.vocab, m.context) = (32, 48, 1, 2, 2, 257, 16);
+        (b.sequences, b.micro, b.validation) = (2, 1, 0.1);
+        (o.steps, o.warmup, o.eval_every, o.save_every) = (4, 1, 2, 2);
+        let curve = out.join(CURVE);
+        let mut seen = Vec::new();
+        let run = Scratch::start(&text, &out, &recipe).unwrap();
+        run.run(&Device::Cpu, 1, &mut |event| {
+            if let Event::Validated(_) = event {
+                seen.push(std::fs::read_to_string(&curve).unwrap());
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+        .unwrap();
+        assert_eq!(seen.len(), 2);
+        assert!(seen[0] != seen[1] && seen[1].contains("bits per byte at last"));
+        for name in [RECIPE, METRICS, STATE, CURVE, MASTERS] {
+            assert!(out.join(name).exists(), "{name}");
+        }
+    }
+}
