@@ -51,7 +51,7 @@ fn it_is_the_model_in_the_repository_and_small() {
         bytes += stored.len() as u64;
     }
     assert!(bytes <= MAX_BYTES, "{bytes}");
-    let verified = verify(dir(), files).unwrap();
+    let verified = verify(&dir(), files).unwrap();
     assert_eq!(verified.inexact_scales, 0);
 }
 

@@ -133,12 +133,6 @@ impl From<&ModelFiles> for ModelFiles {
     }
 }
 
-impl From<PathBuf> for ModelFiles {
-    fn from(dir: PathBuf) -> Self {
-        Self::Directory(dir)
-    }
-}
-
 /// Reads a file of at most `limit` bytes; `None` if there is no such file.
 fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
     let file = match File::open(path) {

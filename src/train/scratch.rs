@@ -191,7 +191,7 @@ mod tests {
     fn a_run_leaves_its_log_its_curve_and_its_masters() {
         let dir = tempfile::tempdir().unwrap();
         let (text, out) = (dir.path().join("text.txt"), dir.path().join("run"));
-        std::fs::write(&text, "Now fades the lamp, and yonder hill puts on a crown.\n".repeat(40)).unwrap();
+        std::fs::write(&text, "Now fades the lamp, and yonder hill puts on a crown.\n".repeat(800)).unwrap();
         let mut recipe = Recipe::default();
         let (m, b, o) = (&mut recipe.model, &mut recipe.batches, &mut recipe.optimization);
         (m.hidden, m.intermediate, m.layers, m.heads, m.kv_heads, m.vocab, m.context) = (32, 48, 1, 2, 2, 257, 16);
