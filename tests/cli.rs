@@ -2,6 +2,8 @@
 
 #[path = "cli/adapter.rs"]
 mod adapter;
+#[path = "cli/builtin.rs"]
+mod builtin;
 #[path = "cli/chat.rs"]
 mod chat;
 mod common;

@@ -6,6 +6,7 @@
 
 mod bit_linear;
 pub mod corpus;
+mod curve;
 mod decoder;
 mod export;
 mod metrics;
@@ -20,6 +21,7 @@ mod trainer;
 
 pub use crate::ops::grad::Precision;
 pub use bit_linear::BitLinear;
+pub use curve::write_curve;
 pub use decoder::{Batch, Decoder, Prepared, Regularization};
 pub use export::write_masters;
 pub use metrics::MetricsLog;

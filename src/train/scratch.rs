@@ -1,9 +1,11 @@
 //! A run from scratch in a directory: text and recipe in, a checkpoint of masters out.
 //!
-//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `state.safetensors`
-//! (to resume from) and `masters/`, a checkpoint of the best parameters so far by validation.
+//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `curve.svg` (drawn
+//! from it after each validation), `state.safetensors` (to resume from) and `masters/`, a checkpoint of the best parameters
+//! so far by validation.
 
 use super::corpus::{Corpus, Stream, read_documents, tokenize, windows};
+use super::curve::write_curve;
 use super::decoder::{Batch, Decoder};
 use super::export::write_masters;
 use super::metrics::MetricsLog;
@@ -29,6 +31,8 @@ pub const RECIPE: &str = "recipe.toml";
 pub const STATE: &str = "state.safetensors";
 /// The log's file.
 pub const METRICS: &str = "metrics.jsonl";
+/// The curve's file.
+pub const CURVE: &str = "curve.svg";
 /// The directory of the best masters.
 pub const MASTERS: &str = "masters";
 
@@ -182,15 +186,22 @@ impl Scratch {
         if self.resumed && state.exists() {
             trainer = trainer.resume(&state)?;
         }
-        let mut log = MetricsLog::open(&self.dir.join(METRICS), trainer.progress().step)?;
+        let (metrics, curve) = (self.dir.join(METRICS), self.dir.join(CURVE));
+        let mut log = MetricsLog::open(&metrics, trainer.progress().step)?;
         let validates = !self.stream.validation().is_empty();
         let outcome = trainer.run(Some(&state), &mut |event| {
             log.record(&event)?;
-            if let Event::Best(parameters) = &event {
-                self.export(parameters)?;
+            match &event {
+                Event::Best(parameters) => self.export(parameters)?,
+                Event::Validated(_) => write_curve(&metrics, &curve)?,
+                _ => {}
             }
             observe(event)
-        })?;
+        });
+        // Also of a run that failed: the curve may show why.
+        let drawn = write_curve(&metrics, &curve);
+        let outcome = outcome?;
+        drawn?;
         if !validates {
             self.export(trainer.parameters())?;
         }
@@ -269,6 +280,39 @@ fn remove_unfinished(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_leaves_its_log_its_curve_and_its_masters() {
+        let dir = tempfile::tempdir().unwrap();
+        let (text, out) = (dir.path().join("text.txt"), dir.path().join("run"));
+        std::fs::write(&text, "Now fades the lamp, and yonder hill puts on a crown.\n".repeat(800)).unwrap();
+        let mut recipe = Recipe::default();
+        let (m, b, o) = (&mut recipe.model, &mut recipe.batches, &mut recipe.optimization);
+        (m.hidden, m.intermediate, m.layers, m.heads, m.kv_heads, m.vocab, m.context) =
+            (32, 48, 1, 2, Some(2), 257, 16);
+        (b.sequences, b.micro, b.validation) = (2, 1, 0.1);
+        (o.steps, o.warmup, o.eval_every, o.save_every) = (4, 1, 2, 2);
+        let curve = out.join(CURVE);
+        let mut seen = Vec::new();
+        let run = Scratch::start(&text, &out, &recipe).unwrap();
+        run.run(&Device::Cpu, 1, &mut |event| {
+            if let Event::Validated(_) = event {
+                seen.push(std::fs::read_to_string(&curve).unwrap());
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+        .unwrap();
+        assert_eq!(seen.len(), 2);
+        assert!(seen[0] != seen[1] && seen[1].contains("bits per byte at last"));
+        for name in [RECIPE, METRICS, STATE, CURVE, MASTERS] {
+            assert!(out.join(name).exists(), "{name}");
         }
     }
 }
