@@ -176,17 +176,6 @@ fn sum_of_squares(g: &Tensor) -> Result<f64> {
     Ok(f64::from(g.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
 }
 
-/// The elements that an in-place op may write.
-fn contiguous_mut<'a, T: candle_core::WithDType>(
-    values: &'a mut [T],
-    layout: &Layout,
-) -> candle_core::Result<&'a mut [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&mut values[start..end]),
-        None => candle_core::bail!("a parameter that is not contiguous"),
-    }
-}
-
 impl InplaceOp2 for Moments {
     fn name(&self) -> &'static str {
         "adamw-moment"
@@ -194,7 +183,7 @@ impl InplaceOp2 for Moments {
 
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
         let CpuStorage::F32(moment) = s1 else { candle_core::bail!("a moment that is not f32") };
-        self.update(contiguous_mut(moment, l1)?, crate::ops::contiguous(s2, l2)?);
+        self.update(crate::ops::contiguous_mut(moment, l1)?, crate::ops::contiguous(s2, l2)?);
         Ok(())
     }
 }
@@ -215,8 +204,8 @@ impl InplaceOp3 for Update {
     ) -> candle_core::Result<()> {
         let (m, v) = (crate::ops::contiguous(s2, l2)?, crate::ops::contiguous(s3, l3)?);
         match s1 {
-            CpuStorage::F32(w) => self.step.update(contiguous_mut(w, l1)?, m, v),
-            CpuStorage::BF16(w) => self.step.update_bf16(contiguous_mut(w, l1)?, m, v, self.seed),
+            CpuStorage::F32(w) => self.step.update(crate::ops::contiguous_mut(w, l1)?, m, v),
+            CpuStorage::BF16(w) => self.step.update_bf16(crate::ops::contiguous_mut(w, l1)?, m, v, self.seed),
             _ => candle_core::bail!("a master that is neither f32 nor bf16"),
         }
         Ok(())

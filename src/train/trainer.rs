@@ -8,7 +8,7 @@ use super::optimizer::{AdamW, AdamWOptions};
 use super::parameters::Parameters;
 use super::schedule::Schedule;
 use super::state::{self, Progress};
-use crate::ops::grad::Precision;
+use crate::ops::grad::{self, Precision};
 use crate::{Error, Result};
 use candle_core::{Tensor, backprop::GradStore};
 use serde::{Deserialize, Serialize};
@@ -538,7 +538,7 @@ fn in_order(threads: usize, count: usize, work: impl Fn(usize) -> Result<Sums> +
         };
         *total += loss;
         for (sum, gradient) in all.iter_mut().zip(gradients) {
-            *sum = (&*sum + gradient)?;
+            *sum = grad::accumulate(sum, &gradient)?;
         }
         Ok(())
     };

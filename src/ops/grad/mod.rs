@@ -3,6 +3,7 @@
 //! On a CPU each is one custom op whose `bwd` is written by hand; on other devices it is composed of candle's own
 //! operations ([`composed`]), whose gradients candle derives. Tests hold one against the other.
 
+mod accumulate;
 mod attention;
 pub mod composed;
 mod dropout;
@@ -12,6 +13,7 @@ mod loss;
 mod norm;
 mod quantize;
 
+pub use accumulate::accumulate;
 pub use attention::attention;
 pub use dropout::dropout;
 pub use gated::gated;

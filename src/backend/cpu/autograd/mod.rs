@@ -145,7 +145,7 @@ per_isa! {
         match gate {
             Gate::Relu2 => {
                 for ((((g, up), dy), dg), dup) in rows {
-                    let r = if *g > 0.0 { *g } else { 0.0 };
+                    let r = if *g < 0.0 { 0.0 } else { *g };
                     *dg = 2.0 * r * up * dy;
                     *dup = r * r * dy;
                 }
@@ -309,6 +309,19 @@ pub fn sum_of_squares(g: &[f32]) -> f64 {
 per_isa! {
     fn square_block(g: &[f32], sum: &mut f32) {
         *sum = dot(g, g);
+    }
+}
+
+/// `a += b`.
+pub fn add(a: &mut [f32], b: &[f32]) {
+    add_values(Isa::best(), a, b);
+}
+
+per_isa! {
+    fn add_values(a: &mut [f32], b: &[f32]) {
+        for (a, b) in a.iter_mut().zip(b) {
+            *a += b;
+        }
     }
 }
 
