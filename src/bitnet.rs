@@ -2,9 +2,9 @@
 
 use crate::backend::cpu::{CpuOptions, KernelKind};
 use crate::backend::{Backend, DenseType};
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::adapter::Adapter;
-use crate::checkpoint::hub::{self, HubOptions};
+use crate::checkpoint::hub::HubOptions;
+use crate::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
@@ -13,11 +13,14 @@ use crate::nn::KvCache;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
 use candle_core::Device;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Positions that are prepared for where nobody says otherwise; fewer if the model was trained for fewer.
 pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// A chat model, for those who ask one of a model that is none.
+const CHAT_MODEL: &str = "microsoft/bitnet-b1.58-2B-4T";
 
 /// How to load a model; everything has a default that is decided from the model and the device.
 #[derive(Debug, Clone)]
@@ -106,8 +109,8 @@ pub struct LoadedDecoder {
     pub decoder: Decoder,
     /// Type of its KV caches.
     pub kv_dtype: DenseType,
-    /// The checkpoint's folder; none for a preset.
-    pub dir: Option<PathBuf>,
+    /// The checkpoint's files; none for a preset.
+    pub files: Option<ModelFiles>,
     /// The adapter beside its weights.
     pub adapter: Option<AdapterReport>,
     /// Time from opening the checkpoint to the last packed weight, without the tokenizer's.
@@ -115,15 +118,22 @@ pub struct LoadedDecoder {
 }
 
 impl LoadedDecoder {
-    /// Loads a directory or a hub id (`owner/name`, `owner/name@revision`).
+    /// Loads a directory, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
     ///
     /// # Errors
     /// For a model that cannot be found, is malformed, is not b1.58, or does not fit this machine; each names the
     /// file and the tensor or key. The same for its adapter, if there is one.
     pub fn load(model: &str, options: &LoadOptions) -> Result<Self> {
-        let dir = hub::resolve(model, &options.hub)?;
+        Self::open(&ModelFiles::find(model, &options.hub)?, options)
+    }
+
+    /// Loads from the files of a model.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn open(files: &ModelFiles, options: &LoadOptions) -> Result<Self> {
         let start = Instant::now();
-        Self::from_checkpoint(&Checkpoint::open(&dir)?, start, options)
+        Self::from_checkpoint(&Checkpoint::open(files)?, start, options)
     }
 
     fn from_checkpoint(checkpoint: &Checkpoint, start: Instant, options: &LoadOptions) -> Result<Self> {
@@ -137,9 +147,9 @@ impl LoadedDecoder {
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
         let decoder = Decoder::load(&backend, config.clone(), source, context, progress)?;
-        let dir = Some(checkpoint.dir().to_owned());
+        let files = Some(checkpoint.source().clone());
         let adapter = adapter.as_ref().map(AdapterReport::new);
-        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir, adapter, load_time: start.elapsed() })
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, files, adapter, load_time: start.elapsed() })
     }
 
     /// A preset's shapes with random weights; needs no file.
@@ -157,7 +167,7 @@ impl LoadedDecoder {
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
         let decoder = Decoder::load(&backend, config, &weights, context, progress)?;
-        Ok(Self { decoder, kv_dtype: options.kv_dtype, dir: None, adapter: None, load_time: start.elapsed() })
+        Ok(Self { decoder, kv_dtype: options.kv_dtype, files: None, adapter: None, load_time: start.elapsed() })
     }
 
     /// What was loaded, and how it runs.
@@ -296,26 +306,26 @@ pub struct BitNet {
 }
 
 impl BitNet {
-    /// Loads a directory or a hub id (`owner/name`, `owner/name@revision`).
+    /// Loads a directory, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
     ///
     /// # Errors
     /// As [`LoadedDecoder::load`]; for a tokenizer or generation configuration that is missing or malformed.
     pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self> {
-        let dir = hub::resolve(model.as_ref(), &options.hub)?;
+        let files = ModelFiles::find(model.as_ref(), &options.hub)?;
         // Opening reads headers only, and shows that this is a checkpoint at all. Then the small files: a bad
         // tokenizer is reported before gigabytes are packed.
         let start = Instant::now();
-        let checkpoint = Checkpoint::open(&dir)?;
+        let checkpoint = Checkpoint::open(&files)?;
         let opened = start.elapsed();
-        let tokenizer = Tokenizer::from_dir(&dir)?;
-        let template = ChatTemplate::from_dir(&dir)?;
-        let defaults = GenerationDefaults::from_dir(&dir, &tokenizer, template.as_ref())?;
+        let tokenizer = Tokenizer::open(&files)?;
+        let template = ChatTemplate::open(&files)?;
+        let defaults = GenerationDefaults::open(&files, &tokenizer, template.as_ref())?;
         let mut loaded = LoadedDecoder::from_checkpoint(&checkpoint, Instant::now(), &options)?;
         loaded.load_time += opened;
         let vocab = loaded.decoder.config().vocab_size;
         if tokenizer.vocab_size() > vocab {
             let reason = format!("has {} tokens, the model's vocabulary {vocab}", tokenizer.vocab_size());
-            return Err(Error::file(dir.join("tokenizer.json"), reason));
+            return Err(Error::file(files.path("tokenizer.json"), reason));
         }
         let cache = loaded.decoder.kv_cache(loaded.kv_dtype, 1)?;
         Ok(Self { loaded, cache, position: 0, logits: Vec::with_capacity(vocab), tokenizer, template, defaults })
@@ -341,8 +351,17 @@ impl BitNet {
     /// # Errors
     /// [`Error::Text`] if the checkpoint has none.
     pub fn chat_template(&self) -> Result<&ChatTemplate> {
-        let dir = self.loaded.dir.as_deref().unwrap_or(Path::new("the model"));
-        self.template.as_ref().ok_or_else(|| ChatTemplate::missing(dir.display()))
+        self.template.as_ref().ok_or_else(|| match &self.loaded.files {
+            Some(ModelFiles::Builtin) => Error::Text {
+                what: format!("the built-in model ({BUILTIN})"),
+                reason: format!(
+                    "continues a text and has not learnt to chat: chat with another, such as {CHAT_MODEL}, or generate \
+                     from a plain prompt"
+                ),
+            },
+            Some(files) => ChatTemplate::missing(files),
+            None => ChatTemplate::missing("the model"),
+        })
     }
 
     /// What the checkpoint says about generation.

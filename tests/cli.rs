@@ -2,6 +2,8 @@
 
 #[path = "cli/adapter.rs"]
 mod adapter;
+#[path = "cli/builtin.rs"]
+mod builtin;
 #[path = "cli/chat.rs"]
 mod chat;
 mod common;
@@ -19,6 +21,8 @@ mod logits;
 mod perplexity;
 #[path = "cli/tools.rs"]
 mod tools;
+#[path = "cli/train.rs"]
+mod train;
 
 use assert_cmd::Command;
 use std::process::Output;

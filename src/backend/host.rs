@@ -5,14 +5,20 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// A file mapped read-only into memory.
+/// A file mapped read-only into memory: one of its own, or a part of the program, which the system maps as well.
 ///
 /// The bytes are the file's as long as nobody truncates or rewrites it in place; writers of this crate replace
 /// files by renaming, which leaves an existing mapping whole (SECURITY.md).
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    map: memmap2::Mmap,
+    map: Map,
+}
+
+#[derive(Debug)]
+enum Map {
+    File(memmap2::Mmap),
+    Program(&'static [u8]),
 }
 
 impl MappedFile {
@@ -32,7 +38,12 @@ impl MappedFile {
         // SAFETY: the mapping is private and read-only, and lives as long as `self`. A truncation by another
         // process is outside what can be checked; SECURITY.md says so.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        Ok(Self { path: path.to_owned(), map })
+        Ok(Self { path: path.to_owned(), map: Map::File(map) })
+    }
+
+    /// A file that was compiled into the program; `path` names it in errors.
+    pub fn embedded(path: impl Into<PathBuf>, bytes: &'static [u8]) -> Self {
+        Self { path: path.into(), map: Map::Program(bytes) }
     }
 
     /// The file's path.
@@ -42,20 +53,22 @@ impl MappedFile {
 
     /// The file's bytes.
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.map {
+            Map::File(map) => map,
+            Map::Program(bytes) => bytes,
+        }
     }
 
     /// Tells the system that `range` has been read and is not needed in memory any more.
     pub fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
-        {
+        if let Map::File(map) = &self.map {
             let page = 4096;
             let (start, end) = (range.start.next_multiple_of(page), range.end / page * page);
-            if start < end && end <= self.map.len() {
+            if start < end && end <= map.len() {
                 // SAFETY: the mapping is read-only and file-backed, so dropped pages read the same again; the
                 // range is whole pages inside the mapping, checked above.
-                let _ =
-                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
         #[cfg(not(unix))]
@@ -207,4 +220,20 @@ pub fn keep_candle_on_the_calling_thread() -> bool {
         unsafe { std::env::set_var(NAME, "1") };
     }
     alone
+}
+
+/// Keeps freed memory for the next allocation instead of handing it back to the system, where the allocator can (glibc).
+/// Programs that allocate the same large tensors in every step, as training does, otherwise spend a tenth of their time
+/// on having pages cleared again.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (option, value) in [
+        (libc::M_MMAP_THRESHOLD, 1 << 30),
+        (libc::M_TRIM_THRESHOLD, i32::MAX),
+        (libc::M_TOP_PAD, 64 << 20),
+        (libc::M_ARENA_MAX, 1),
+    ] {
+        // SAFETY: mallopt only changes the allocator's settings; it takes the allocator's own lock.
+        unsafe { libc::mallopt(option, value) };
+    }
 }

@@ -1,5 +1,6 @@
 //! Names to directories: a local path as it is, a hub id through the cache that all Hugging Face tools share.
 
+use super::files::BUILTIN;
 use super::index;
 use super::limits::{MAX_INDEX_SIZE, quoted};
 use super::open::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_text};
@@ -100,7 +101,7 @@ pub fn resolve(model: &str, options: &HubOptions) -> Result<PathBuf> {
     }
     let neither = |reason: &str| {
         let id = "a hub id such as microsoft/bitnet-b1.58-2B-4T (owner/name or owner/name@revision)";
-        format!("is neither an existing directory nor {id}: {reason}")
+        format!("is neither {BUILTIN}, nor an existing directory, nor {id}: {reason}")
     };
     if model.is_empty() {
         return Err(Error::request("model", neither("it is empty")));

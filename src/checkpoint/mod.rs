@@ -1,11 +1,13 @@
-//! Opens checkpoints: local directories and hub repositories of safetensors, validated before anything is
-//! allocated for them.
+//! Opens checkpoints: local directories and hub repositories of safetensors, and the built-in model, validated before
+//! anything is allocated for them.
 //!
 //! A checkpoint is untrusted input. [`header`] checks every length and offset of a file against its size,
 //! [`limits`] names the limits, and errors name the file and the tensor. SECURITY.md says what is promised.
 
 pub mod adapter;
+mod builtin;
 mod dense;
+mod files;
 pub mod header;
 pub mod hub;
 pub mod index;
@@ -17,6 +19,7 @@ mod tensor;
 pub mod write;
 
 pub use dense::DenseView;
+pub use files::{BUILTIN, ModelFiles};
 pub use linear::{LinearWeight, ScaleStyle};
 pub use open::Checkpoint;
 pub use tensor::{StoredType, TensorInfo, TensorView};

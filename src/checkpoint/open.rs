@@ -1,7 +1,7 @@
-//! A local directory as a set of mapped, checked tensors.
+//! A model's files as a set of mapped, checked tensors.
 
 use super::limits::{MAX_CONFIG_SIZE, MAX_TENSORS};
-use super::{DenseView, StoredType, TensorInfo, TensorView, header, index};
+use super::{DenseView, ModelFiles, StoredType, TensorInfo, TensorView, header, index};
 use crate::backend::DenseType;
 use crate::backend::host::MappedFile;
 use crate::{Error, Result};
@@ -22,7 +22,7 @@ pub(super) const CONFIG_FILE: &str = "config.json";
 /// Nothing is copied when it is opened; tensors are read on demand, from any thread.
 #[derive(Debug)]
 pub struct Checkpoint {
-    dir: PathBuf,
+    source: ModelFiles,
     config_path: PathBuf,
     config: String,
     files: Vec<Arc<MappedFile>>,
@@ -34,12 +34,31 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a directory that holds `config.json` and `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` lists, or exactly one other `*.safetensors` file.
+    /// `model.safetensors.index.json` lists, or exactly one other `*.safetensors` file; or the built-in model.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::File`] or [`Error::Tensor`], naming the file, for anything missing, malformed,
     /// truncated or contradictory. See [`header::parse`] and [`super::limits`].
-    pub fn open(dir: &Path) -> Result<Self> {
+    pub fn open(files: impl Into<ModelFiles>) -> Result<Self> {
+        match files.into() {
+            ModelFiles::Directory(dir) => Self::open_dir(dir),
+            source @ ModelFiles::Builtin => Self::open_embedded(source),
+        }
+    }
+
+    fn open_embedded(source: ModelFiles) -> Result<Self> {
+        let (config_path, listing) = (source.path(CONFIG_FILE), source.path(SINGLE_FILE));
+        let bytes = |name: &str| source.embedded(name).unwrap_or_default();
+        let config =
+            std::str::from_utf8(bytes(CONFIG_FILE)).map_err(|_| Error::file(&config_path, "not UTF-8 text"))?;
+        let file = MappedFile::embedded(&listing, bytes(SINGLE_FILE));
+        let tensors = header::parse(&listing, file.bytes())?;
+        let (config, files) = (config.to_owned(), vec![Arc::new(file)]);
+        Ok(Self { source, config_path, config, files, tensors, listing })
+    }
+
+    fn open_dir(dir: PathBuf) -> Result<Self> {
+        let dir = dir.as_path();
         let meta = std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?;
         if !meta.is_dir() {
             return Err(Error::file(
@@ -64,12 +83,12 @@ impl Checkpoint {
         } else {
             open_single(only_safetensors(dir)?)?
         };
-        Ok(Self { dir: dir.to_owned(), config_path, config, files, tensors, listing })
+        Ok(Self { source: dir.into(), config_path, config, files, tensors, listing })
     }
 
-    /// The directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// What was opened.
+    pub fn source(&self) -> &ModelFiles {
+        &self.source
     }
 
     /// Path and text of `config.json`.

@@ -18,6 +18,9 @@ use tempfile::NamedTempFile;
 /// Bytes of a shard unless the caller says otherwise.
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
+/// How the names of files begin that are not complete yet.
+pub(crate) const UNFINISHED: &str = ".writing-";
+
 /// Writes a tensor's bytes, little-endian, row-major.
 pub type Producer<'a> = Box<dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a>;
 
@@ -205,7 +208,7 @@ impl Pending {
             _ => Path::new("."),
         };
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".writing-");
+        builder.prefix(UNFINISHED);
         // Temporary files are private by default; a checkpoint is an ordinary file under the user's umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));

@@ -9,8 +9,10 @@ use super::print;
 use anyhow::Result;
 use candle_bitnet::backend::cpu::read_bandwidth;
 use candle_bitnet::backend::host;
+use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use candle_bitnet::generate::Sampler;
-use candle_bitnet::model::config::MAX_POSITIONS;
+use candle_bitnet::model::config::{MAX_POSITIONS, ModelConfig};
+use candle_bitnet::model::presets::Preset;
 use candle_bitnet::model::{Decoder, Logits, Sequence};
 use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
@@ -23,6 +25,8 @@ use std::time::{Duration, Instant};
 const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
 /// Tokens that are given to the model at once.
 const CHUNK: usize = 512;
+/// Tokens to prefill and to decode, where the model has the positions and nobody says otherwise.
+const DEFAULT_LENGTHS: (usize, usize) = (512, 128);
 /// Most repetitions.
 const MAX_REPS: usize = 1000;
 
@@ -31,27 +35,26 @@ const MAX_REPS: usize = 1000;
 /// Decode is limited by memory: the report sets the bytes that a token reads against how fast the same threads read
 /// the same weights in the same run. --synthetic needs no file; --prompts runs real prompts through a model.
 #[derive(Debug, clap::Args)]
-#[command(group(clap::ArgGroup::new("what").required(true).args(["model", "synthetic"])))]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision) or a directory
-    #[arg(short, long, value_name = "MODEL")]
-    model: Option<String>,
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin
+    #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
+    model: String,
 
     /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
-    #[arg(long, value_name = "PRESET", conflicts_with = "prompts")]
+    #[arg(long, value_name = "PRESET", conflicts_with_all = ["model", "prompts"])]
     synthetic: Option<String>,
 
     /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
     #[arg(long, value_name = "DIR", conflicts_with = "synthetic")]
     adapter: Option<PathBuf>,
 
-    /// Tokens to prefill
-    #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true)]
-    pp: usize,
+    /// Tokens to prefill [default: 512, or what the model's positions leave for it]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pp: Option<usize>,
 
-    /// Tokens to decode (with --prompts: at most)
-    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true)]
-    tg: usize,
+    /// Tokens to decode; with --prompts, at most [default: 128, or a quarter of the model's positions if they are few]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    tg: Option<usize>,
 
     /// Repetitions; the median is reported, with the range
     #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true)]
@@ -107,43 +110,76 @@ struct Report {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     for (flag, value, most) in
-        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", args.reps, MAX_REPS)]
+        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", Some(args.reps), MAX_REPS)]
     {
-        if value == 0 || value > most {
+        if let Some(value) = value.filter(|n| !(1..=most).contains(n)) {
             let reason = format!("{value} is not between 1 and {most}");
             return Err(Error::request(flag, reason).into());
         }
     }
     let mut options = args.run.options()?.hub(args.hub.options()).adapter(args.adapter.clone());
-    if let (Some(file), Some(model)) = (&args.prompts, &args.model) {
+    if let Some(file) = &args.prompts {
         let list = prompts::read(file)?;
-        let mut loaded = BitNet::load(model, options)?;
-        warn_of_other_base(model, loaded.report().adapter.as_ref());
-        return prompts::run(&mut loaded, &list, args.tg, args.json);
+        let mut loaded = BitNet::load(&args.model, options)?;
+        warn_of_other_base(&args.model, loaded.report().adapter.as_ref());
+        return prompts::run(&mut loaded, &list, args.tg.unwrap_or(DEFAULT_LENGTHS.1), args.json);
     }
+    let source = match &args.synthetic {
+        Some(preset) => Source::Preset(preset),
+        None => Source::Files(ModelFiles::find(&args.model, &args.hub.options())?),
+    };
+    let positions = source.positions()?;
+    let (pp, tg) = lengths(&args, args.run.context.map_or(positions, |n| n.min(positions)));
     if args.run.context.is_none() {
         // Just what the run needs, so that the memory reported is the model's.
-        options = options.context(Some(args.pp.saturating_add(args.tg)));
+        options = options.context(Some(pp.saturating_add(tg)));
     }
-    let (name, loaded) = match (&args.synthetic, &args.model) {
-        (Some(preset), _) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)),
-        (None, Some(model)) => (model.clone(), LoadedDecoder::load(model, &options)),
-        (None, None) => return Err(Error::request("bench", "give --model or --synthetic").into()),
+    let (name, loaded) = match &source {
+        Source::Preset(preset) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)),
+        Source::Files(files) => (args.model.clone(), LoadedDecoder::open(files, &options)),
     };
     let loaded = loaded.map_err(|e| match e {
         // The context is what these flags need together, unless it was given.
         Error::Request { what, reason } if what == "--context" && args.run.context.is_none() => {
-            Error::request(format!("--pp {} and --tg {}", args.pp, args.tg), format!("together, {reason}"))
+            Error::request(format!("--pp {pp} and --tg {tg}"), format!("together, {reason}"))
         }
         e => e,
     })?;
     warn_of_other_base(&name, loaded.adapter.as_ref());
-    let report = measure(name, &loaded, &args)?;
+    let report = measure(name, &loaded, pp, tg, args.reps)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
     print(&text)
 }
 
-fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report> {
+/// What is measured.
+enum Source<'a> {
+    Preset(&'a str),
+    Files(ModelFiles),
+}
+
+impl Source<'_> {
+    /// Positions that the model was trained for.
+    fn positions(&self) -> Result<usize> {
+        let config = match self {
+            Self::Preset(preset) => Preset::find(preset)?.config(),
+            Self::Files(files) => {
+                let checkpoint = Checkpoint::open(files)?;
+                let (path, text) = checkpoint.config();
+                ModelConfig::parse(path, text)?
+            }
+        };
+        Ok(config.max_positions)
+    }
+}
+
+/// Tokens to prefill and to decode: what was asked for, and for the rest what so many positions hold.
+fn lengths(args: &Args, positions: usize) -> (usize, usize) {
+    let (pp, tg) = DEFAULT_LENGTHS;
+    let tg = args.tg.unwrap_or(tg.min(positions / 4).max(1));
+    (args.pp.unwrap_or(pp.min(positions.saturating_sub(tg)).max(1)), tg)
+}
+
+fn measure(model: String, loaded: &LoadedDecoder, pp: usize, tg: usize, reps: usize) -> Result<Report> {
     let decoder = &loaded.decoder;
     let cpu = decoder.backend().cpu();
     let about = loaded.report();
@@ -152,17 +188,17 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
     let vocab = decoder.config().vocab_size;
     let mut sampler = greedy_sampler(vocab)?;
     let mut repetition = |pp: usize, tg: usize| one_repetition(decoder, &cache, &mut sampler, pp, tg);
-    repetition(args.pp.min(16), args.tg.min(4))?;
+    repetition(pp.min(16), tg.min(4))?;
     let (mut prefill, mut decode, mut read, mut resident) = (Vec::new(), Vec::new(), Vec::new(), None);
-    for _ in 0..args.reps {
-        let (p, d) = repetition(args.pp, args.tg)?;
-        prefill.push(args.pp as f64 / p);
-        decode.push(args.tg as f64 / d);
+    for _ in 0..reps {
+        let (p, d) = repetition(pp, tg)?;
+        prefill.push(pp as f64 / p);
+        decode.push(tg as f64 / d);
         resident = host::resident_bytes();
         read.push(read_bandwidth(cpu, &weights, BANDWIDTH_TIME) / 1e9);
     }
     let (prefill, decode, read_gbps) = (Spread::of(prefill), Spread::of(decode), Spread::of(read).median);
-    let kv = about.kv_bytes_per_position() * (args.pp + args.tg.div_ceil(2));
+    let kv = about.kv_bytes_per_position() * (pp + tg.div_ceil(2));
     let bytes_per_token = about.bytes_per_token() + kv;
     let decode_gbps = decode.median * bytes_per_token as f64 / 1e9;
     Ok(Report {
@@ -171,8 +207,8 @@ fn measure(model: String, loaded: &LoadedDecoder, args: &Args) -> Result<Report>
         kernel: about.kernel,
         threads: about.threads,
         cpu: host::cpu_name(),
-        prefill_tokens: args.pp,
-        decode_tokens: args.tg,
+        prefill_tokens: pp,
+        decode_tokens: tg,
         prefill_tps: prefill.median,
         prefill_tps_range: [prefill.min, prefill.max],
         decode_tps: decode.median,

@@ -4,9 +4,8 @@ use super::model_args::HubArgs;
 use super::{first_line, print};
 use anyhow::Result;
 use candle_bitnet::Error;
-use candle_bitnet::checkpoint::hub::resolve;
 use candle_bitnet::checkpoint::write::check_target;
-use candle_bitnet::checkpoint::{Checkpoint, ScaleStyle};
+use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles, ScaleStyle};
 use candle_bitnet::model::config::ModelConfig;
 use candle_bitnet::model::convert::{Form, Phase, Progress, Summary, convert};
 use clap::{Args as ClapArgs, ValueEnum};
@@ -21,8 +20,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Write a model in another form: packed codes or masters
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model: a hub id (`owner/name` or `owner/name@revision`) or a directory
-    #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin [default: builtin]
+    #[arg(value_name = "MODEL")]
     pub model: Option<String>,
 
     /// The same, as the other commands take it
@@ -75,8 +74,8 @@ pub fn run(args: Args) -> Result<()> {
     }
     // Before a download, which may take an hour.
     check_target(&args.out)?;
-    let model = args.model.or(args.model_flag).unwrap_or_default();
-    let source = resolve(&model, &args.hub.options())?;
+    let model = args.model.or(args.model_flag).unwrap_or_else(|| BUILTIN.into());
+    let source = ModelFiles::find(&model, &args.hub.options())?;
     let form = match (args.to, args.scale) {
         (Target::Masters, _) => Form::Masters,
         (Target::Packed, Some(Convention::Multiply)) => Form::Packed(ScaleStyle::Multiply),
@@ -117,7 +116,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// What the model's own configuration says of `weight_scale`.
-fn convention(source: &Path) -> Result<ScaleStyle> {
+fn convention(source: &ModelFiles) -> Result<ScaleStyle> {
     let checkpoint = Checkpoint::open(source)?;
     let (path, text) = checkpoint.config();
     Ok(ModelConfig::parse(path, text)?.quantization.scale_style)

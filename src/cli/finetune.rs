@@ -5,8 +5,8 @@ use super::print;
 use super::train_progress::{TrainingDisplay, device_and_threads};
 use anyhow::Result;
 use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
-use candle_bitnet::checkpoint::Checkpoint;
-use candle_bitnet::checkpoint::hub::{self, HubOptions};
+use candle_bitnet::checkpoint::hub::HubOptions;
+use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use candle_bitnet::generate::GenerateOptions;
 use candle_bitnet::model::config::ModelConfig;
 use candle_bitnet::train::examples::{Examples, PromptFormat};
@@ -45,7 +45,7 @@ pub fn run(args: Args) -> Result<()> {
     let after = match (summary.outcome, run.recipe().lora.is_some()) {
         (Outcome::Interrupted, _) => None,
         (_, true) => Some(test.answer(&base, Some(&output))?),
-        (_, false) => Some(test.answer(&output, None)?),
+        (_, false) => Some(test.answer(&ModelFiles::Directory(output.clone()), None)?),
     };
     let question = format.tokenizer().decode(&prompt, true)?;
     report(&args, &run, &summary, &Answers { chat: format.has_template(), question, before, after })
@@ -69,10 +69,10 @@ impl Args {
         Ok((device, threads))
     }
 
-    /// The base's directory.
-    fn base(&self, recipe: &FinetuneRecipe) -> Result<std::path::PathBuf> {
+    /// The base's files.
+    fn base(&self, recipe: &FinetuneRecipe) -> Result<ModelFiles> {
         let revision = recipe.revision.clone();
-        Ok(hub::resolve(&recipe.model, &HubOptions { revision, ..self.hub.options() })?)
+        Ok(ModelFiles::find(&recipe.model, &HubOptions { revision, ..self.hub.options() })?)
     }
 }
 
@@ -81,17 +81,17 @@ fn prepare(args: &Args) -> Result<(Finetune, PromptFormat)> {
     if args.resume {
         let recipe = FinetuneRecipe::read(&args.out)?;
         let base = args.base(&recipe)?;
-        let format = PromptFormat::from_dir(&base)?;
+        let format = PromptFormat::open(&base)?;
         let examples = Examples::read(&args.data, recipe.validation_file.as_deref(), &format, &recipe.examples)?;
         return Ok((Finetune::resume(&base, &args.out, recipe, examples)?, format));
     }
-    let model = args.model.clone().unwrap_or_default();
+    let model = args.model.clone().unwrap_or_else(|| BUILTIN.into());
     let named = FinetuneRecipe { revision: args.hub.revision.clone(), ..FinetuneRecipe::new(&model, None) };
     let base = args.base(&named)?;
     let checkpoint = Checkpoint::open(&base)?;
     let (path, text) = checkpoint.config();
     let positions = ModelConfig::parse(path, text)?.max_positions;
-    let format = PromptFormat::from_dir(&base)?;
+    let format = PromptFormat::open(&base)?;
     let options = args.recipe.examples(positions);
     let examples = Examples::read(&args.data, args.recipe.validation_file.as_deref(), &format, &options)?;
     let recipe = args.recipe.recipe(&model, options, examples.train.len())?;
@@ -108,10 +108,13 @@ struct Test<'a> {
 
 impl Test<'_> {
     /// Greedily, with the adapter beside the weights if there is one. The model is gone afterwards.
-    fn answer(&self, model: &Path, adapter: Option<&Path>) -> Result<String> {
+    fn answer(&self, model: &ModelFiles, adapter: Option<&Path>) -> Result<String> {
         let options = LoadOptions::new(self.device).threads(Some(self.threads)).adapter(adapter.map(Path::to_owned));
         let context = self.prompt.len() + TEST_TOKENS;
-        let mut model = BitNet::load(model.to_string_lossy(), options)?;
+        let mut model = match model {
+            ModelFiles::Directory(dir) => BitNet::load(dir.to_string_lossy(), options)?,
+            ModelFiles::Builtin => BitNet::load(BUILTIN, options)?,
+        };
         let room = model.decoder().context();
         // A prompt that fills the context leaves room for fewer tokens, or is cut.
         let prompt = self.prompt.get(..self.prompt.len().min(room.saturating_sub(1))).unwrap_or_default();

@@ -22,8 +22,8 @@ pub struct Args {
     #[arg(value_name = "DATA")]
     pub data: PathBuf,
 
-    /// Base model: a hub id (owner/name or owner/name@revision) or a directory
-    #[arg(short, long, value_name = "MODEL", required_unless_present = "resume")]
+    /// Base model: a hub id (owner/name or owner/name@revision), a directory, or builtin [default: builtin]
+    #[arg(short, long, value_name = "MODEL")]
     pub model: Option<String>,
 
     /// Directory of the run; must hold neither a run nor a model, unless --resume is given

@@ -5,16 +5,15 @@ mod report;
 use super::model_args::HubArgs;
 use super::print;
 use anyhow::Result;
-use candle_bitnet::checkpoint::Checkpoint;
-use candle_bitnet::checkpoint::hub::resolve;
+use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use clap::Args as ClapArgs;
 use report::Report;
 
 /// Show what a checkpoint holds and what it will occupy
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model: a hub id (`owner/name` or `owner/name@revision`) or a directory
-    #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin [default: builtin]
+    #[arg(value_name = "MODEL")]
     pub model: Option<String>,
 
     /// The same, as the other commands take it
@@ -35,8 +34,8 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let model = args.model.or(args.model_flag).unwrap_or_default();
-    let checkpoint = Checkpoint::open(&resolve(&model, &args.hub.options())?)?;
+    let model = args.model.or(args.model_flag).unwrap_or_else(|| BUILTIN.into());
+    let checkpoint = Checkpoint::open(ModelFiles::find(&model, &args.hub.options())?)?;
     let report = Report::of(&checkpoint, args.tensors)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report)?,

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
+use candle_bitnet::checkpoint::BUILTIN;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::{AdapterReport, BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
@@ -98,8 +99,8 @@ impl HubArgs {
 /// Which model, and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Model: a hub id (owner/name or owner/name@revision) or a directory
-    #[arg(short, long, value_name = "MODEL")]
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin
+    #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
     pub model: String,
 
     /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
@@ -122,7 +123,7 @@ impl ModelArgs {
     pub fn load(&self) -> Result<BitNet> {
         let model = BitNet::load(&self.model, self.options()?)?;
         if std::io::stderr().is_terminal() {
-            eprintln!("{}", model.report());
+            eprintln!("{}: {}", self.model, model.report());
         }
         warn_of_other_base(&self.model, model.report().adapter.as_ref());
         Ok(model)

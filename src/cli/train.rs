@@ -4,9 +4,10 @@ use super::print;
 use super::train_progress::{TrainingDisplay, device_and_threads};
 use anyhow::Result;
 use candle_bitnet::DeviceChoice;
-use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
-use candle_bitnet::train::scratch::{MASTERS, Scratch, Summary};
-use candle_bitnet::train::{Blocks, Masters, Outcome, Recipe, Schedule};
+use candle_bitnet::backend::cpu::autograd::product_gflops;
+use candle_bitnet::backend::host;
+use candle_bitnet::train::scratch::{MASTERS, Score, Scratch, Summary};
+use candle_bitnet::train::{Blocks, Masters, Outcome, Precision, Recipe, Schedule};
 use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::json;
 use std::path::PathBuf;
@@ -26,7 +27,7 @@ pub struct Args {
     pub out: PathBuf,
 
     /// Go on with the run in --out from its last saved state
-    #[arg(long, conflicts_with_all = RECIPE_FLAGS)]
+    #[arg(long, conflicts_with_all = ["config", "RecipeArgs"])]
     pub resume: bool,
 
     /// Recipe (TOML); flags override what it says
@@ -41,6 +42,10 @@ pub struct Args {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub threads: Option<usize>,
 
+    /// Score this text at the end with the best parameters; it plays no part in choosing them
+    #[arg(long, value_name = "FILE")]
+    pub held_out: Option<PathBuf>,
+
     /// Print the result as one JSON object
     #[arg(long)]
     pub json: bool,
@@ -49,41 +54,7 @@ pub struct Args {
     recipe: RecipeArgs,
 }
 
-/// Flags that change a recipe, and so cannot stand beside --resume.
-const RECIPE_FLAGS: [&str; 30] = [
-    "config",
-    "blocks",
-    "hidden",
-    "intermediate",
-    "layers",
-    "heads",
-    "kv_heads",
-    "vocab",
-    "length",
-    "untied",
-    "masters",
-    "steps",
-    "batch",
-    "micro_batch",
-    "validation",
-    "lr",
-    "warmup",
-    "schedule",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "clip",
-    "dropout",
-    "lambda_warmup",
-    "dense",
-    "eval_every",
-    "save_every",
-    "patience",
-    "seed",
-    "rope_theta",
-];
-
-/// The recipe's settings as flags.
+/// The recipe's settings as flags. The group of their name is what cannot stand beside --resume.
 #[derive(Debug, Clone, ClapArgs)]
 struct RecipeArgs {
     /// Blocks: bitnet (sub-norms, relu²) or llama (SiLU)
@@ -118,7 +89,7 @@ struct RecipeArgs {
     rope_theta: Option<f64>,
     /// Type of the master weights: f32 or bf16 (half the memory, updates rounded stochastically) [default: f32]
     #[arg(long, value_name = "TYPE", value_enum, help_heading = "Model")]
-    masters: Option<MastersArg>,
+    masters: Option<TypeArg>,
     /// Train without any quantisation: the dense twin
     #[arg(long, help_heading = "Model")]
     dense: bool,
@@ -156,6 +127,9 @@ struct RecipeArgs {
     /// Largest norm of the gradient [default: 1]
     #[arg(long, value_name = "X", help_heading = "Training")]
     clip: Option<f64>,
+    /// What operands of matrix products are rounded to: f32 or bf16 [default: bf16 where the CPU multiplies it]
+    #[arg(long, value_name = "TYPE", value_enum, help_heading = "Training")]
+    precision: Option<TypeArg>,
     /// Dropout of the embedding and of every layer's two outputs [default: 0]
     #[arg(long, value_name = "X", help_heading = "Training")]
     dropout: Option<f32>,
@@ -183,7 +157,7 @@ enum BlocksArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum MastersArg {
+enum TypeArg {
     F32,
     Bf16,
 }
@@ -212,7 +186,7 @@ impl RecipeArgs {
         set(&mut m.intermediate, self.intermediate);
         set(&mut m.layers, self.layers);
         set(&mut m.heads, self.heads);
-        set(&mut m.kv_heads, self.kv_heads.or(self.heads));
+        m.kv_heads = self.kv_heads.or(m.kv_heads);
         set(&mut m.vocab, self.vocab);
         set(&mut m.context, self.length);
         m.tied &= !self.untied;
@@ -220,8 +194,8 @@ impl RecipeArgs {
         set(
             &mut m.masters,
             self.masters.map(|m| match m {
-                MastersArg::F32 => Masters::F32,
-                MastersArg::Bf16 => Masters::BF16,
+                TypeArg::F32 => Masters::F32,
+                TypeArg::Bf16 => Masters::BF16,
             }),
         );
         o.quantize &= !self.dense;
@@ -245,6 +219,13 @@ impl RecipeArgs {
         set(&mut o.beta1, self.beta1);
         set(&mut o.beta2, self.beta2);
         set(&mut o.clip, self.clip);
+        set(
+            &mut o.precision,
+            self.precision.map(|p| match p {
+                TypeArg::F32 => Precision::F32,
+                TypeArg::Bf16 => Precision::BF16,
+            }),
+        );
         set(&mut o.dropout, self.dropout);
         set(&mut o.lambda_warmup, self.lambda_warmup);
         set(&mut o.eval_every, self.eval_every);
@@ -257,12 +238,20 @@ impl RecipeArgs {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     // Before any thread: training keeps every core busy with micro-batches.
-    keep_candle_on_the_calling_thread();
+    host::keep_candle_on_the_calling_thread();
+    host::keep_freed_memory();
     let (device, threads) = device_and_threads(args.device, args.threads)?;
     let run = match args.resume {
         true => Scratch::resume(&args.text, &args.out)?,
         false => {
-            let mut recipe = args.config.as_deref().map(Recipe::read).transpose()?.unwrap_or_default();
+            let mut recipe = match &args.config {
+                Some(path) => Recipe::read(path)?,
+                None => {
+                    let mut recipe = Recipe::default();
+                    recipe.optimization.precision = Precision::fastest();
+                    recipe
+                }
+            };
             args.recipe.apply(&mut recipe);
             Scratch::start(&args.text, &args.out, &recipe)?
         }
@@ -270,10 +259,31 @@ pub fn run(args: Args) -> Result<()> {
     let o = run.recipe().optimization;
     let display = TrainingDisplay::start(o.steps)?;
     display.note(&describe(&run, threads)?);
+    let plain = PlainProduct::measure(&run, device.is_cpu().then_some(threads))?;
     let mut observer = display.observer();
     let summary = run.run(&device, threads, &mut |event| observer(event))?;
     display.finish();
-    report(&args, &run, &summary)
+    let held_out = match (&args.held_out, summary.outcome) {
+        (Some(path), Outcome::Finished | Outcome::Stopped) => Some(run.evaluate(path, &device, threads)?),
+        _ => None,
+    };
+    report(&args, &run, &summary, plain, held_out)
+}
+
+/// What products alone reach on the same threads, in the run's own precision and shapes.
+#[derive(Debug, Clone, Copy)]
+struct PlainProduct {
+    gflops: Option<f64>,
+}
+
+impl PlainProduct {
+    fn measure(run: &Scratch, threads: Option<usize>) -> Result<Self> {
+        let (m, r) = (run.recipe().model, run.recipe());
+        let bf16 = r.optimization.precision == Precision::BF16;
+        let rows = r.batches.micro * m.context;
+        let gflops = threads.map(|threads| product_gflops(rows, 2 * m.intermediate, m.hidden, threads, bf16));
+        Ok(Self { gflops: gflops.transpose()? })
+    }
 }
 
 /// What is about to be trained.
@@ -290,14 +300,14 @@ fn describe(run: &Scratch, threads: usize) -> Result<String> {
     ))
 }
 
-fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
+fn report(args: &Args, run: &Scratch, s: &Summary, plain: PlainProduct, held_out: Option<Score>) -> Result<()> {
     let outcome = match s.outcome {
         Outcome::Finished => "finished",
         Outcome::Stopped => "stopped: no improvement",
         Outcome::Interrupted => "interrupted",
     };
     let speed = s.tokens as f64 / s.seconds.max(1e-9);
-    // Two operations a weight forward, four backward; the embedding's rows are read, not multiplied.
+    // Two operations forward and four backward for each weight that multiplies; attention's own products are left out.
     let c = run.config();
     let embedding = if c.tied_embeddings { 0 } else { (c.vocab_size * c.hidden_size) as u64 };
     let gflops = 6.0 * (c.parameters() - embedding) as f64 * speed / 1e9;
@@ -310,8 +320,10 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
                 "seconds": s.seconds,
                 "tokens_per_second": speed,
                 "gflops": gflops,
+            "plain_product_gflops": plain.gflops,
                 "skipped_steps": s.skipped,
                 "validation": s.best,
+            "held_out_bits_per_byte": held_out.map(|h| h.bits_per_byte()),
                 "parameters": c.parameters(),
                 "masters": args.out.join(MASTERS),
             })
@@ -319,8 +331,11 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
         );
     }
     let mut text = format!(
-        "{outcome} after {} steps, {} tokens in {:.0} s: {speed:.0} tokens/s, {gflops:.1} GFLOP/s\n",
-        s.steps, s.tokens, s.seconds
+        "{outcome} after {} steps, {} tokens in {:.0} s: {speed:.0} tokens/s, {gflops:.1} GFLOP/s{}\n",
+        s.steps,
+        s.tokens,
+        s.seconds,
+        plain.gflops.map_or(String::new(), |p| format!("; a plain product alone reaches {p:.1}")),
     );
     if s.skipped > 0 {
         text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
@@ -329,13 +344,22 @@ fn report(args: &Args, run: &Scratch, s: &Summary) -> Result<()> {
         let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"));
         text += &format!("best validation at step {}: {:.4} nats a token{bits}\n", v.step, v.loss);
     }
+    if let (Some(h), Some(path)) = (held_out, &args.held_out) {
+        text += &format!(
+            "{}: {:.4} bits per byte ({} tokens, {} bytes)\n",
+            path.display(),
+            h.bits_per_byte(),
+            h.tokens,
+            h.bytes
+        );
+    }
     let out = args.out.display();
     text += &match s.outcome {
         Outcome::Interrupted => format!("go on with: bitnet train {} --out {out} --resume", args.text.display()),
         _ if run.recipe().optimization.quantize => {
             format!("try it with: bitnet generate -m {out}/{MASTERS} -p \"...\"")
         }
-        _ => "a dense model: its masters are there to compare, the ternary kernels would quantise them".into(),
+        _ => "a dense model, to compare with; the commands that run b1.58 models refuse it".into(),
     };
     print(&text)
 }

@@ -6,7 +6,7 @@ use candle_bitnet::train::Event;
 use candle_bitnet::{DeviceChoice, Error, select_device};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +24,11 @@ pub fn device_and_threads(choice: DeviceChoice, threads: Option<usize>) -> Resul
     }
     let threads = if device.is_cpu() { threads.unwrap_or_else(host::physical_cores) } else { 1 };
     Ok((device, threads))
+}
+
+/// A line on standard error. Whether anybody reads it must not decide whether training goes on.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// A progress bar on terminals, and Ctrl-C as a request to save and stop.
@@ -49,7 +54,7 @@ impl TrainingDisplay {
             if asked.swap(true, Ordering::Relaxed) {
                 std::process::exit(130);
             }
-            eprintln!("\nsaving and stopping after this step; press Ctrl-C again to stop at once");
+            tell("\nsaving and stopping after this step; press Ctrl-C again to stop at once");
         })
         .context("catching Ctrl-C")?;
         Ok(Self { bar, stop })
@@ -58,7 +63,7 @@ impl TrainingDisplay {
     /// A line above the bar, or on standard error.
     pub fn note(&self, line: &str) {
         match self.bar.is_hidden() {
-            true => eprintln!("{line}"),
+            true => tell(line),
             false => self.bar.println(line),
         }
     }
@@ -67,10 +72,10 @@ impl TrainingDisplay {
     pub fn observer(&self) -> impl FnMut(Event<'_>) -> candle_bitnet::Result<ControlFlow<()>> {
         let (bar, stop) = (self.bar.clone(), Arc::clone(&self.stop));
         let note = move |bar: &ProgressBar, line: String| {
-            if bar.is_hidden() { eprintln!("{line}") } else { bar.println(line) }
+            if bar.is_hidden() { tell(&line) } else { bar.println(line) }
         };
         // Smoothed, so that the number can be read.
-        let (mut loss, mut speed) = (None, None);
+        let (mut loss, mut speed, mut begun) = (None, None, false);
         let smooth = |old: &mut Option<f64>, new: f64| {
             let value = old.map_or(new, |old| old + 0.05 * (new - old));
             *old = Some(value);
@@ -81,6 +86,10 @@ impl TrainingDisplay {
                 Event::Step(m) => {
                     let (loss, speed) = (smooth(&mut loss, m.loss), smooth(&mut speed, m.tokens_per_second));
                     bar.set_position(m.step);
+                    // A run that goes on did not take its first steps in no time.
+                    if !std::mem::replace(&mut begun, true) {
+                        bar.reset_eta();
+                    }
                     bar.set_message(format!("loss {loss:.3}, {speed:.0} tokens/s"));
                 }
                 Event::Skipped { step, loss } => {

@@ -1,5 +1,6 @@
 //! What a checkpoint recommends for generation.
 
+use crate::checkpoint::ModelFiles;
 use crate::text::{ChatTemplate, Tokenizer, read_json};
 use crate::{Error, Result};
 use serde_json::Value;
@@ -38,20 +39,26 @@ pub struct GenerationDefaults {
 }
 
 impl GenerationDefaults {
-    /// Reads `generation_config.json` and the `eos_token_id` of `config.json` in `dir`; both files may be missing.
+    /// [`Self::open`] for the directory `dir`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn from_dir(dir: impl AsRef<Path>, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Self> {
+        Self::open(&dir.as_ref().into(), tokenizer, template)
+    }
+
+    /// Reads a model's `generation_config.json` and the `eos_token_id` of its `config.json`; both files may be missing.
     ///
     /// # Errors
     /// [`Error::Config`] naming file and key, or [`Error::File`] if a file is no JSON object.
-    pub fn from_dir(dir: impl AsRef<Path>, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let path = dir.join("generation_config.json");
-        let mut defaults = match read_json(&path)? {
-            Some(config) => Self::from_generation_config(&path, &config)?,
+    pub fn open(files: &ModelFiles, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Self> {
+        let (generation, model) = ("generation_config.json", "config.json");
+        let mut defaults = match read_json(files, generation)? {
+            Some(config) => Self::from_generation_config(&files.path(generation), &config)?,
             None => Self::default(),
         };
-        let path = dir.join("config.json");
-        if let Some(config) = read_json(&path)? {
-            defaults.eos.extend(eos(&path, &config)?);
+        if let Some(config) = read_json(files, model)? {
+            defaults.eos.extend(eos(&files.path(model), &config)?);
         }
         defaults.add_text_eos(tokenizer, template);
         Ok(defaults)

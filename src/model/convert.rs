@@ -19,7 +19,7 @@ use super::config::{ModelConfig, Projection};
 use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
-use crate::checkpoint::{Checkpoint, ScaleStyle, StoredType, TensorView};
+use crate::checkpoint::{Checkpoint, ModelFiles, ScaleStyle, StoredType, TensorView};
 use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
 use half::bf16;
 use masters::Recipe;
@@ -64,7 +64,7 @@ pub struct Summary {
     pub left: Vec<String>,
 }
 
-/// Writes the checkpoint in `source` to the directory `target` in another form.
+/// Writes the model in `source`, a directory or the built-in one, to the directory `target` in another form.
 ///
 /// `config.json` changes only in `quantization_config`. A multiplier is stored as BF16 where that holds it exactly, as
 /// F32 otherwise. Divide-style scales and masters cannot express every multiplier: one that did not come from masters may
@@ -74,9 +74,15 @@ pub struct Summary {
 /// [`crate::Error::Request`] if `target` holds a checkpoint, or files that would be replaced; those of opening and loading
 /// `source`; [`crate::Error::Tensor`] for a weight that the form cannot express; [`crate::Error::Io`]. Nothing is
 /// left in `target` then.
-pub fn convert(source: &Path, target: &Path, form: Form, progress: &mut OnProgress<'_>) -> Result<Summary> {
+pub fn convert(
+    source: impl Into<ModelFiles>,
+    target: &Path,
+    form: Form,
+    progress: &mut OnProgress<'_>,
+) -> Result<Summary> {
     check_target(target)?;
-    let model = Model::open(source)?;
+    let model = Model::open(source.into())?;
+    let source = model.checkpoint.source();
     let tracker = Tracker::new(progress);
     let matrices = plan(&model, form, &tracker)?;
     let config = config::rewrite(&model, form)?;
@@ -85,7 +91,7 @@ pub fn convert(source: &Path, target: &Path, form: Form, progress: &mut OnProgre
     let staging = Staging::new(target)?;
     let bytes = write(&model, &matrices, staging.dir(), &tracker)?;
     for name in &companions.copied {
-        staging.copy(&source.join(name), name)?;
+        staging.copy(source, name)?;
     }
     write_text(&staging.dir().join("config.json"), &config)?;
     let verified = verify::compare(&model, &Model::open(staging.dir())?, &tracker)?;
@@ -102,8 +108,8 @@ struct Model {
 }
 
 impl Model {
-    fn open(dir: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::open(dir)?;
+    fn open(files: impl Into<ModelFiles>) -> Result<Self> {
+        let checkpoint = Checkpoint::open(files)?;
         let (path, text) = checkpoint.config();
         let config = ModelConfig::parse(path, text)?;
         Ok(Self { checkpoint, config })

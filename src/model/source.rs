@@ -59,7 +59,7 @@ impl<'a> CheckpointWeights<'a> {
                               this is not one of the supported b1.58 families";
                 match checkpoint.tensor(name) {
                     Some(t) => Err(t.error(reason)),
-                    None => Err(Error::tensor(checkpoint.dir(), *name, reason)),
+                    None => Err(Error::tensor(checkpoint.source().to_string(), *name, reason)),
                 }
             }
         }

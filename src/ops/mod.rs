@@ -31,6 +31,14 @@ pub(crate) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Lay
     }
 }
 
+/// The elements that an in-place op may write.
+pub(crate) fn contiguous_mut<'a, T: WithDType>(values: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&mut values[start..end]),
+        None => candle_core::bail!("operand with shape {:?} is not contiguous", layout.shape()),
+    }
+}
+
 /// What `cuda_fwd` and `metal_fwd` answer in a build without kernels for them.
 fn unsupported<T>(device: &'static str) -> Result<T> {
     Err(not_built(device).into())

@@ -1,8 +1,9 @@
 //! Chat templates: from messages to the prompt that a model was trained on.
 
-use super::json::{MAX_JSON_BYTES, read_bounded, read_json};
+use super::json::{MAX_JSON_BYTES, read_json};
 use super::template_env::{MAX_RENDERED_BYTES, environment, without_generation_tags};
 use super::{Tokenizer, json};
+use crate::checkpoint::ModelFiles;
 use crate::{Error, Result};
 use minijinja::{Environment, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
@@ -71,22 +72,29 @@ struct Shared {
 const TEMPLATE: &str = "chat_template";
 
 impl ChatTemplate {
-    /// Finds the template of the checkpoint in `dir`: the file `chat_template.jinja` or else the key `chat_template` of
+    /// [`Self::open`] for the directory `dir`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Option<Self>> {
+        Self::open(&dir.as_ref().into())
+    }
+
+    /// Finds a model's template: the file `chat_template.jinja` or else the key `chat_template` of
     /// `tokenizer_config.json` (a string, or a list of `{name, template}` of which `default` or the only one is taken)
     /// or of `chat_template.json`. `None` if there is none; [`Self::missing`] is the error for that.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] naming the file. Syntax errors are reported by [`Self::render`].
-    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Option<Self>> {
-        let dir = dir.as_ref();
-        let path = dir.join("chat_template.jinja");
-        if let Some(bytes) = read_bounded(&path, MAX_TEMPLATE_BYTES)? {
-            let source = String::from_utf8(bytes).map_err(|_| Error::file(&path, "not UTF-8"))?;
+    pub fn open(files: &ModelFiles) -> Result<Option<Self>> {
+        if let Some(bytes) = files.read("chat_template.jinja", MAX_TEMPLATE_BYTES)? {
+            let path = files.path("chat_template.jinja");
+            let source = String::from_utf8(bytes.into_owned()).map_err(|_| Error::file(&path, "not UTF-8"))?;
             return Ok(Some(Self::new(source, path.display().to_string())));
         }
         for name in ["tokenizer_config.json", "chat_template.json"] {
-            let path = dir.join(name);
-            if let Some(source) = read_json(&path)?.map(|config| select(&path, &config)).transpose()?.flatten() {
+            let path = files.path(name);
+            if let Some(source) = read_json(files, name)?.map(|config| select(&path, &config)).transpose()?.flatten() {
                 return Ok(Some(Self::new(source, path.display().to_string())));
             }
         }

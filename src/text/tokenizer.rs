@@ -1,7 +1,8 @@
 //! The tokenizer of a checkpoint.
 
-use super::json::{parse_object, read_bounded, read_json};
+use super::json::{parse_object, read_json};
 use super::{IncrementalDecoder, MAX_JSON_BYTES};
+use crate::checkpoint::ModelFiles;
 use crate::{Error, Result};
 use serde_json::Value;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,17 +34,24 @@ struct SpecialToken {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json` of the directory `dir`, with the special tokens named by `tokenizer_config.json`, or by
+    /// [`Self::open`] for the directory `dir`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::open(&dir.as_ref().into())
+    }
+
+    /// Loads a model's `tokenizer.json`, with the special tokens named by `tokenizer_config.json`, or by
     /// `special_tokens_map.json` where the former has none.
     ///
     /// # Errors
     /// [`Error::File`] or [`Error::Io`] naming the file, if one is missing, larger than [`MAX_TOKENIZER_BYTES`], or not
     /// what it should be.
-    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let path = dir.join("tokenizer.json");
-        let Some(bytes) = read_bounded(&path, MAX_TOKENIZER_BYTES)? else {
-            let remedy = if dir.join("tokenizer.model").is_file() {
+    pub fn open(files: &ModelFiles) -> Result<Self> {
+        let path = files.path("tokenizer.json");
+        let Some(bytes) = files.read("tokenizer.json", MAX_TOKENIZER_BYTES)? else {
+            let remedy = if files.contains("tokenizer.model") {
                 "not found; this checkpoint has only a sentencepiece tokenizer.model: write the missing file with \
                  transformers, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             } else {
@@ -51,8 +59,8 @@ impl Tokenizer {
             };
             return Err(Error::file(path, remedy));
         };
-        let mut special = special_tokens(read_json(&dir.join("tokenizer_config.json"))?.as_ref());
-        for (key, text) in special_tokens(read_json(&dir.join("special_tokens_map.json"))?.as_ref()) {
+        let mut special = special_tokens(read_json(files, "tokenizer_config.json")?.as_ref());
+        for (key, text) in special_tokens(read_json(files, "special_tokens_map.json")?.as_ref()) {
             if !special.iter().any(|(k, _)| *k == key) {
                 special.push((key, text));
             }
@@ -64,7 +72,7 @@ impl Tokenizer {
     /// `source` names them in errors.
     ///
     /// # Errors
-    /// As [`Self::from_dir`].
+    /// As [`Self::open`].
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>, source: impl Into<PathBuf>) -> Result<Self> {
         let source = source.into();
         for (bytes, limit) in [(tokenizer, MAX_TOKENIZER_BYTES), (config.unwrap_or_default(), MAX_JSON_BYTES)] {

@@ -1,7 +1,7 @@
 //! The trainable BitLinear, alone, for anybody's candle model.
 
 use crate::Result;
-use crate::ops::grad;
+use crate::ops::grad::{self, Precision};
 use crate::ternary::PackedTernary;
 use candle_core::{Module, Tensor, Var};
 
@@ -54,6 +54,6 @@ impl BitLinear {
 impl Module for BitLinear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let weight = grad::fake_ternary(&self.master, self.lambda)?;
-        grad::bit_linear(x, &weight, self.lambda)
+        grad::bit_linear(x, &weight, self.lambda, Precision::F32)
     }
 }

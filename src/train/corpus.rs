@@ -6,13 +6,16 @@ use crate::text::Tokenizer;
 use crate::{Error, Result};
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Mutex;
 
 /// Largest text that is read.
 pub const MAX_TEXT_BYTES: u64 = 4 << 30;
-/// Pieces into which a single text is cut, each of which gives its last part to validation.
+/// Most pieces into which a single text is cut, each of which gives its last part to validation.
 const VALIDATION_PIECES: usize = 64;
+/// Bytes that such a part should have at least, so that the cut at a line's end does not leave nothing of it.
+const VALIDATION_PART: usize = 256;
 
 /// Texts to train on and texts to validate with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,11 +30,12 @@ pub struct Corpus {
 
 impl Corpus {
     /// Reads a text file (one document) or, if the name ends in `.jsonl`, one document a line as `{"text": "…"}`, and
-    /// sets `share` of it apart for validation: of a text the last lines of each of 64 equal pieces, of JSONL every n-th
-    /// document.
+    /// sets `share` of it apart for validation: of a text the last lines of each of up to 64 equal pieces, of JSONL every
+    /// n-th document, at least one.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::File`] naming the byte or the line, for a file that is empty, no UTF-8 or no such JSON.
+    /// [`Error::Io`], or [`Error::File`] naming the byte or the line, for a file that is empty, no UTF-8 or no such JSON,
+    /// and for a text whose lines leave nothing for validation or for training.
     pub fn read(path: &Path, share: f64) -> Result<Self> {
         let documents = read_documents(path)?;
         let corpus = match &documents[..] {
@@ -39,7 +43,12 @@ impl Corpus {
             _ => split_documents(documents, share),
         };
         if corpus.train.iter().all(String::is_empty) {
-            return Err(Error::file(path, "nothing is left to train on"));
+            return Err(Error::file(path, "nothing is left to train on; give more text, or set validation to 0"));
+        }
+        if share > 0.0 && corpus.validation.is_empty() {
+            let reason = "nothing can be set apart for validation, which is cut at the ends of lines: give more text or \
+                          shorter lines, or set validation to 0";
+            return Err(Error::file(path, reason));
         }
         Ok(corpus)
     }
@@ -54,7 +63,13 @@ pub fn read_documents(path: &Path) -> Result<Vec<String>> {
     if size > MAX_TEXT_BYTES {
         return Err(Error::file(path, format!("{size} bytes; at most {MAX_TEXT_BYTES} are read: cut it into parts")));
     }
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    // A pipe has no size, and a file may grow.
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+    file.take(MAX_TEXT_BYTES + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    if bytes.len() as u64 > MAX_TEXT_BYTES {
+        return Err(Error::file(path, format!("more than {MAX_TEXT_BYTES} bytes; cut it into parts")));
+    }
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Error::file(path, format!("not UTF-8 at byte {at}; convert it, for example with iconv"))
@@ -73,7 +88,12 @@ fn jsonl_texts(path: &Path, text: &str) -> Result<Vec<String>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parse = |(i, line): (usize, &str)| {
         let bad = |reason: String| Error::file(path, format!("line {}: {reason}", i + 1));
-        let value: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(format!("no JSON: {e}")))?;
+        let value: serde_json::Value = serde_json::from_str(line).map_err(|e| {
+            // The library counts lines as well, and sees one.
+            let reason = e.to_string();
+            let reason = reason.rsplit_once(" at line ").map_or(reason.as_str(), |(reason, _)| reason);
+            bad(format!("not JSON at column {}: {reason}", e.column()))
+        })?;
         match value.get("text").and_then(|t| t.as_str()) {
             Some(text) => Ok(text.to_owned()),
             None => Err(bad("expected an object with a string \"text\"".into())),
@@ -90,8 +110,10 @@ fn split_text(text: &str, share: f64) -> Corpus {
         text[at..].find('\n').map_or(text.len(), |n| at + n + 1)
     };
     let mut begin = 0;
-    for piece in 1..=VALIDATION_PIECES {
-        let end = if piece == VALIDATION_PIECES { text.len() } else { cut(text.len() * piece / VALIDATION_PIECES) };
+    let pieces = ((text.len() as f64 * share) as usize / VALIDATION_PART).clamp(1, VALIDATION_PIECES);
+    for piece in 1..=pieces {
+        let end =
+            if piece == pieces { text.len() } else { cut((text.len() as u64 * piece as u64 / pieces as u64) as usize) };
         let kept = (end.saturating_sub(begin) as f64 * (1.0 - share)) as usize;
         let middle = if share > 0.0 { cut(begin + kept).min(end) } else { end };
         for (list, range) in [(&mut corpus.train, begin..middle), (&mut corpus.validation, middle..end)] {
@@ -113,6 +135,9 @@ fn split_documents(documents: Vec<String>, share: f64) -> Corpus {
             false => &mut corpus.train,
         };
         list.push(document);
+    }
+    if share > 0.0 && corpus.validation.is_empty() && corpus.train.len() > 1 {
+        corpus.validation.extend(corpus.train.pop());
     }
     corpus
 }
@@ -149,6 +174,7 @@ pub struct Stream {
     seed: u64,
     validation: Vec<Batch>,
     validation_bytes: usize,
+    fingerprint: u64,
     /// Window order of the epoch last asked for.
     order: Mutex<(u64, Vec<u32>)>,
 }
@@ -158,7 +184,7 @@ impl Stream {
     /// of `length`; `validation_bytes` is what it decodes to.
     ///
     /// # Errors
-    /// [`Error::Request`] if there are too few tokens for one window.
+    /// [`Error::Request`] if there are too few tokens for two windows, or a number is 0.
     pub fn new(
         tokens: Vec<u32>,
         length: usize,
@@ -168,16 +194,22 @@ impl Stream {
         validation: &[u32],
         validation_bytes: usize,
     ) -> Result<Self> {
-        if tokens.len() < 2 * (length + 1) {
+        for (name, value) in [("length", length), ("sequences", sequences), ("micro", micro)] {
+            if value == 0 {
+                return Err(Error::request(name, "0 is out of range: at least 1"));
+            }
+        }
+        if tokens.len() / 2 <= length {
             let reason = format!(
                 "{} tokens are too few for windows of {length}: give more text or a smaller --length",
                 tokens.len()
             );
             return Err(Error::request("training text", reason));
         }
-        let validation = windows(validation, length, micro);
+        let fingerprint = fingerprint([&tokens, validation]);
+        let validation = windows(validation, length, length, micro);
         let order = Mutex::new((u64::MAX, Vec::new()));
-        Ok(Self { tokens, length, sequences, micro, seed, validation, validation_bytes, order })
+        Ok(Self { tokens, length, sequences, micro, seed, validation, validation_bytes, fingerprint, order })
     }
 
     /// Tokens of the training text.
@@ -211,15 +243,34 @@ impl Stream {
     }
 }
 
-/// A token stream as batches of windows, each target once.
-pub fn windows(tokens: &[u32], length: usize, micro: usize) -> Vec<Batch> {
-    let starts: Vec<usize> = (0..tokens.len().saturating_sub(1)).step_by(length.max(1)).collect();
-    let batch = |starts: &[usize]| {
+/// FNV-1a over the tokens of several streams and their lengths, a token at a time.
+fn fingerprint<const N: usize>(streams: [&[u32]; N]) -> u64 {
+    let add = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+    streams.iter().fold(0xcbf2_9ce4_8422_2325, |hash, tokens| {
+        tokens.iter().fold(add(hash, tokens.len() as u64), |hash, t| add(hash, u64::from(*t)))
+    })
+}
+
+/// A token stream as batches of sliding windows of `length` tokens, each `stride` after the one before: every token but
+/// the first is a target exactly once, in the first window that holds it, as `bitnet perplexity` scores it.
+pub fn windows(tokens: &[u32], length: usize, stride: usize, micro: usize) -> Vec<Batch> {
+    let last = tokens.len().saturating_sub(1);
+    // Inputs begin..begin + length predict the tokens up to begin + length; those up to `done` have been predicted.
+    let mut done = 0;
+    let mut starts = Vec::new();
+    for begin in (0..last).step_by(stride.clamp(1, length.max(1))) {
+        starts.push((begin, done));
+        done = (begin + length).min(last);
+        if done == last {
+            break;
+        }
+    }
+    let batch = |starts: &[(usize, usize)]| {
         let mut batch = Batch { length, tokens: Vec::new(), targets: Vec::new() };
-        for &start in starts {
-            for i in start..start + length {
+        for &(begin, done) in starts {
+            for i in begin..begin + length {
                 batch.tokens.push(tokens.get(i).copied().unwrap_or(tokens[0]));
-                batch.targets.push(tokens.get(i + 1).copied());
+                batch.targets.push(tokens.get(i + 1).copied().filter(|_| i + 1 > done));
             }
         }
         batch
@@ -253,5 +304,9 @@ impl Data for Stream {
 
     fn epochs(&self, steps: u64) -> f64 {
         steps as f64 * self.sequences as f64 / self.windows() as f64
+    }
+
+    fn fingerprint(&self) -> Option<u64> {
+        Some(self.fingerprint)
     }
 }

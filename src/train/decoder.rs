@@ -4,7 +4,7 @@ use super::parameters::{Kind, Parameters};
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::Gate;
 use crate::model::config::{Activation, ModelConfig, Projection};
-use crate::ops::grad;
+use crate::ops::grad::{self, Precision};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -44,17 +44,24 @@ pub struct Decoder {
     shape: AttentionShape,
     rope: Arc<RopeTable>,
     gate: Gate,
+    precision: Precision,
 }
 
 impl Decoder {
     /// A decoder of this configuration.
     ///
     /// # Errors
-    /// [`Error::Shape`] for heads that no kernel runs; [`Error::Request`] for norms inside BitLinear, which only come
-    /// from converted models.
+    /// [`Error::Shape`] for heads that no kernel runs; [`Error::Request`] for norms inside BitLinear and for projections
+    /// that are not BitLinear, which only come from converted models.
     pub fn new(config: &ModelConfig) -> Result<Self> {
         if config.quantization.use_rms_norm {
             let reason = "models with a norm inside BitLinear (use_rms_norm) cannot be trained, only adapted";
+            return Err(Error::request("model", reason));
+        }
+        let linears = (0..config.num_layers).flat_map(|layer| config.linears(layer));
+        if let Some((name, ..)) = linears.into_iter().find(|(name, ..)| !config.is_converted(name)) {
+            let reason =
+                format!("{name} is in modules_to_not_convert; only models whose every layer is ternary can be trained");
             return Err(Error::request("model", reason));
         }
         Ok(Self {
@@ -65,7 +72,14 @@ impl Decoder {
                 Activation::Silu => Gate::Silu,
             },
             config: config.clone(),
+            precision: Precision::F32,
         })
+    }
+
+    /// With operands of matrix products rounded to this precision; f32 unless said.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The configuration.
@@ -169,6 +183,27 @@ pub struct Prepared<'a> {
 }
 
 impl Prepared<'_> {
+    /// The same weights without variables, so that a forward pass keeps nothing for gradients.
+    pub(super) fn frozen(self) -> Self {
+        let layer = |l: Layer| Layer {
+            input_norm: l.input_norm.detach(),
+            qkv: l.qkv.detach(),
+            attention_sub_norm: l.attention_sub_norm.map(|n| n.detach()),
+            output: l.output.detach(),
+            post_attention_norm: l.post_attention_norm.detach(),
+            gate_up: l.gate_up.detach(),
+            mlp_sub_norm: l.mlp_sub_norm.map(|n| n.detach()),
+            down: l.down.detach(),
+        };
+        Self {
+            embedding: self.embedding.detach(),
+            layers: self.layers.into_iter().map(layer).collect(),
+            norm: self.norm.detach(),
+            head: self.head.detach(),
+            ..self
+        }
+    }
+
     fn device(&self) -> &Device {
         self.embedding.device()
     }
@@ -199,7 +234,8 @@ impl Prepared<'_> {
             None => Ok(x.clone()),
             Some(weight) => grad::rms_norm(x, weight, eps),
         };
-        let project = |x: &Tensor, weight: &Tensor| grad::bit_linear(x, weight, self.lambda);
+        let precision = self.decoder.precision;
+        let project = |x: &Tensor, weight: &Tensor| grad::bit_linear(x, weight, self.lambda, precision);
         for (i, layer) in self.layers.iter().enumerate() {
             let qkv = project(&grad::rms_norm(&x, &layer.input_norm, eps)?, &layer.qkv)?;
             let width = qkv.dim(D::Minus1)?;
@@ -221,7 +257,7 @@ impl Prepared<'_> {
     /// As [`Self::hidden`].
     pub fn logits(&self, tokens: &[u32], length: usize) -> Result<Tensor> {
         let hidden = self.hidden(tokens, length, Regularization::default())?;
-        Ok(grad::linear(&hidden, &self.head)?)
+        Ok(grad::linear(&hidden, &self.head, self.decoder.precision)?)
     }
 
     /// Sum of the cross-entropy over all targets, in nats: a scalar that gradients can be taken of.
@@ -230,7 +266,7 @@ impl Prepared<'_> {
     /// As [`Self::hidden`]; of candle for targets outside the vocabulary.
     pub fn loss(&self, batch: &Batch, regularization: Regularization) -> Result<Tensor> {
         let hidden = self.hidden(&batch.tokens, batch.length, regularization)?;
-        Ok(grad::cross_entropy(&hidden, &self.head, &batch.targets)?)
+        Ok(grad::cross_entropy(&hidden, &self.head, &batch.targets, self.decoder.precision)?)
     }
 
     /// The effective weights' gradients, in a fixed order; zeros where nothing flowed.

@@ -16,13 +16,14 @@ use crate::backend::Backend;
 use crate::backend::cpu::CpuOptions;
 use crate::checkpoint::adapter::{CONFIG_FILE, write_adapter};
 use crate::checkpoint::write::write_text;
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::{Checkpoint, ModelFiles, StoredType};
 use crate::model::CheckpointWeights;
 use crate::model::config::{Mode, ModelConfig};
 use crate::model::convert::Companions;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::io::Read;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -134,13 +135,13 @@ pub struct Finetune {
 }
 
 impl Finetune {
-    /// Prepares a run in `dir`, which must hold neither a run nor a model: loads the checkpoint in `base`, writes the
+    /// Prepares a run in `dir`, which must hold neither a run nor a model: loads the checkpoint `base`, writes the
     /// settings. The examples are those that `recipe.examples` describes.
     ///
     /// # Errors
     /// [`Error::Request`] for a directory that holds something, settings out of range, or full training of a packed base;
     /// those of loading the base.
-    pub fn start(base: &Path, dir: &Path, recipe: &FinetuneRecipe, examples: Examples) -> Result<Self> {
+    pub fn start(base: impl Into<ModelFiles>, dir: &Path, recipe: &FinetuneRecipe, examples: Examples) -> Result<Self> {
         let held = [
             (RECIPE, "a run; resume it, or name"),
             (CONFIG_FILE, "an adapter; name"),
@@ -151,7 +152,7 @@ impl Finetune {
             return Err(Error::request("output directory", reason));
         }
         let recipe = FinetuneRecipe { fingerprint: format!("{:016x}", examples.fingerprint()), ..recipe.clone() };
-        let run = Self::prepare(base, dir, recipe, examples, false)?;
+        let run = Self::prepare(base.into(), dir, recipe, examples, false)?;
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         write_text(&dir.join(RECIPE), &run.recipe.to_toml()?)?;
         Ok(run)
@@ -162,15 +163,21 @@ impl Finetune {
     ///
     /// # Errors
     /// As [`Self::start`]; [`Error::Request`] for other examples than the run began with.
-    pub fn resume(base: &Path, dir: &Path, recipe: FinetuneRecipe, examples: Examples) -> Result<Self> {
+    pub fn resume(base: impl Into<ModelFiles>, dir: &Path, recipe: FinetuneRecipe, examples: Examples) -> Result<Self> {
         if format!("{:016x}", examples.fingerprint()) != recipe.fingerprint {
             let reason = "they are not those that the run began with: another file, model or template";
             return Err(Error::request("examples", reason));
         }
-        Self::prepare(base, dir, recipe, examples, true)
+        Self::prepare(base.into(), dir, recipe, examples, true)
     }
 
-    fn prepare(base: &Path, dir: &Path, recipe: FinetuneRecipe, examples: Examples, resumed: bool) -> Result<Self> {
+    fn prepare(
+        base: ModelFiles,
+        dir: &Path,
+        recipe: FinetuneRecipe,
+        examples: Examples,
+        resumed: bool,
+    ) -> Result<Self> {
         recipe.optimization.check()?;
         let counts = examples.counts;
         let Batching { sequences, micro } = recipe.batches;
@@ -325,18 +332,20 @@ impl Finetune {
     /// Writes a checkpoint of masters with the base's tokenizer and text files, so that it is the old one or the new one at
     /// any time.
     fn export_masters(&self, parameters: &Parameters) -> Result<()> {
-        let (base, dir) = (self.checkpoint.dir(), self.dir.join(MASTERS));
+        let dir = self.dir.join(MASTERS);
         std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
+        let base = self.checkpoint.source();
         for name in Companions::of(base)?.copied {
-            let (from, to) = (base.join(&name), dir.join(&name));
-            let bytes = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
+            let (from, to) = (base.path(&name), dir.join(&name));
+            let mut bytes = Vec::new();
+            base.reader(&name)?.read_to_end(&mut bytes).map_err(|e| Error::io(&from, e))?;
             if std::fs::read(&to).ok().as_ref() != Some(&bytes) {
                 std::fs::write(&to, bytes).map_err(|e| Error::io(&to, e))?;
             }
         }
         let mut config = self.config.clone();
         config.quantization.mode = Mode::Online;
-        write_masters(&dir, &config, parameters)
+        write_masters(&dir, &config, parameters, true)
     }
 }
 

@@ -22,7 +22,8 @@ impl MetricsLog {
     /// [`Error::Io`].
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         if path.exists() {
-            let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+            let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+            let text = String::from_utf8_lossy(&bytes);
             let before = |line: &&str| {
                 let value: Option<Value> = serde_json::from_str(line).ok();
                 value.and_then(|v| v.get("step")?.as_u64()).is_some_and(|s| s <= step)

@@ -6,6 +6,7 @@
 
 mod bit_linear;
 pub mod corpus;
+mod curve;
 mod decoder;
 pub mod examples;
 mod export;
@@ -21,7 +22,9 @@ mod state;
 mod tokenizer;
 mod trainer;
 
+pub use crate::ops::grad::Precision;
 pub use bit_linear::BitLinear;
+pub use curve::write_curve;
 pub use decoder::{Batch, Decoder, Prepared, Regularization};
 pub use export::write_masters;
 pub use lora::{ALL_LINEAR, LoraModel, LoraOptions, LoraPrepared};

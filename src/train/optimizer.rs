@@ -3,7 +3,8 @@
 use super::parameters::{Kind, Parameters};
 use crate::backend::cpu::autograd::{self, Moments};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 /// What stays the same over a run.
@@ -96,65 +97,86 @@ impl AdamW {
         let clip = if norm > self.options.clip { self.options.clip / norm } else { 1.0 };
         self.steps += 1;
         let power = |beta: f64| 1.0 / (1.0 - beta.powi(self.steps.min(i32::MAX as u64) as i32));
-        let step = autograd::AdamW {
-            lr: lr as f32,
-            weight_decay: 0.0,
-            eps: self.options.eps as f32,
-            correction1: power(self.options.beta1) as f32,
-            correction2: power(self.options.beta2) as f32,
-        };
         let factor = (clip / count.max(1) as f64) as f32;
-        let (beta1, beta2) = (self.options.beta1 as f32, self.options.beta2 as f32);
-        let first = Moments { beta: beta1, factor, squared: false };
-        let second = Moments { beta: beta2, factor, squared: true };
+        let moments = |beta: f64, squared: bool| Moments { beta: beta as f32, factor, squared };
         let steps = self.steps;
+        let update = |kind: Kind, i: usize| Update {
+            first: moments(self.options.beta1, false),
+            second: moments(self.options.beta2, true),
+            step: autograd::AdamW {
+                lr: lr as f32,
+                weight_decay: match kind {
+                    Kind::Ternary | Kind::LowRank => weight_decay as f32,
+                    Kind::Dense | Kind::Norm => 0.0,
+                },
+                eps: self.options.eps as f32,
+                correction1: power(self.options.beta1) as f32,
+                correction2: power(self.options.beta2) as f32,
+            },
+            seed: autograd::seed_of(&[seed, steps, i as u64]),
+        };
         let all = parameters.list_mut().par_iter_mut().zip(&mut self.moments).zip(gradients).enumerate();
         all.try_for_each(|(i, ((p, (m, v)), g))| -> Result<()> {
-            let decays = matches!(p.kind, Kind::Ternary | Kind::LowRank);
-            let weight_decay = if decays { weight_decay as f32 } else { 0.0 };
-            let step = autograd::AdamW { weight_decay, ..step };
-            let g = g.to_dtype(DType::F32)?.contiguous()?;
-            if p.value.device().is_cpu() {
-                m.inplace_op2(&g, &first)?;
-                v.inplace_op2(&g, &second)?;
-                let seed = seed ^ (steps << 20) ^ i as u64;
-                p.value.inplace_op3(m, v, &Update { step, seed })?;
-                return Ok(());
+            let (update, g) = (update(p.kind, i), g.to_dtype(DType::F32)?.contiguous()?);
+            match p.value.device().is_cpu() {
+                true => update.in_place(&p.value, m, v, &g),
+                false => update.composed(&mut p.value, m, v, &g),
             }
-            *m = ((&*m * f64::from(beta1))? + (&g * f64::from((1.0 - beta1) * factor))?)?;
-            let squared = (&g * f64::from(factor))?.sqr()?;
-            *v = ((&*v * f64::from(beta2))? + (squared * f64::from(1.0 - beta2))?)?;
-            let root = ((&*v * f64::from(step.correction2))?.sqrt()? + f64::from(step.eps))?;
-            let direction = (&*m * f64::from(step.correction1))?.div(&root)?;
-            let value = p.value.to_dtype(DType::F32)?;
-            let decayed = (&value * (1.0 - lr * f64::from(weight_decay)))?;
-            p.value = (decayed - (direction * lr)?)?.to_dtype(p.value.dtype())?;
-            Ok(())
         })?;
         Ok(norm)
     }
 }
 
+/// One step of one parameter.
+struct Update {
+    first: Moments,
+    second: Moments,
+    step: autograd::AdamW,
+    seed: u64,
+}
+
+impl Update {
+    /// On the CPU: three passes over memory, nothing allocated.
+    fn in_place(&self, value: &Tensor, m: &Tensor, v: &Tensor, g: &Tensor) -> Result<()> {
+        m.inplace_op2(g, &self.first)?;
+        v.inplace_op2(g, &self.second)?;
+        Ok(value.inplace_op3(m, v, self)?)
+    }
+
+    /// On any device, of candle's operations.
+    fn composed(&self, value: &mut Tensor, m: &mut Tensor, v: &mut Tensor, g: &Tensor) -> Result<()> {
+        let (p, step) = (self.first, self.step);
+        let g = (g * f64::from(p.factor))?;
+        *m = ((&*m * f64::from(p.beta))? + (&g * f64::from(1.0 - p.beta))?)?;
+        let beta = self.second.beta;
+        *v = ((&*v * f64::from(beta))? + (g.sqr()? * f64::from(1.0 - beta))?)?;
+        let root = ((&*v * f64::from(step.correction2))?.sqrt()? + f64::from(step.eps))?;
+        let direction = (&*m * f64::from(step.correction1))?.div(&root)?;
+        let before = value.to_dtype(DType::F32)?;
+        let change = ((direction + (&before * f64::from(step.weight_decay))?)? * f64::from(step.lr))?;
+        let exact = (before - change)?;
+        *value = match value.dtype() {
+            // candle has no random rounding, and rounding to the nearest would lose most updates: on the host, then.
+            DType::BF16 => {
+                let exact = exact.flatten_all()?.to_vec1::<f32>()?.into_iter().enumerate();
+                let rounded: Vec<bf16> = exact.map(|(i, x)| autograd::round_stochastically(x, self.seed, i)).collect();
+                Tensor::from_vec(rounded, value.shape(), &Device::Cpu)?.to_device(value.device())?
+            }
+            _ => exact,
+        };
+        Ok(())
+    }
+}
+
 fn sum_of_squares(g: &Tensor) -> Result<f64> {
     if g.device().is_cpu() {
-        let g = g.contiguous()?;
+        let g = g.to_dtype(DType::F32)?.contiguous()?;
         let (storage, layout) = g.storage_and_layout();
         if let candle_core::Storage::Cpu(cpu) = &*storage {
             return Ok(autograd::sum_of_squares(crate::ops::contiguous(cpu, layout)?));
         }
     }
     Ok(f64::from(g.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
-}
-
-/// The elements that an in-place op may write.
-fn contiguous_mut<'a, T: candle_core::WithDType>(
-    values: &'a mut [T],
-    layout: &Layout,
-) -> candle_core::Result<&'a mut [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&mut values[start..end]),
-        None => candle_core::bail!("a parameter that is not contiguous"),
-    }
 }
 
 impl InplaceOp2 for Moments {
@@ -164,14 +186,9 @@ impl InplaceOp2 for Moments {
 
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
         let CpuStorage::F32(moment) = s1 else { candle_core::bail!("a moment that is not f32") };
-        self.update(contiguous_mut(moment, l1)?, crate::ops::contiguous(s2, l2)?);
+        self.update(crate::ops::contiguous_mut(moment, l1)?, crate::ops::contiguous(s2, l2)?);
         Ok(())
     }
-}
-
-struct Update {
-    step: autograd::AdamW,
-    seed: u64,
 }
 
 impl InplaceOp3 for Update {
@@ -190,10 +207,60 @@ impl InplaceOp3 for Update {
     ) -> candle_core::Result<()> {
         let (m, v) = (crate::ops::contiguous(s2, l2)?, crate::ops::contiguous(s3, l3)?);
         match s1 {
-            CpuStorage::F32(w) => self.step.update(contiguous_mut(w, l1)?, m, v),
-            CpuStorage::BF16(w) => self.step.update_bf16(contiguous_mut(w, l1)?, m, v, self.seed),
+            CpuStorage::F32(w) => self.step.update(crate::ops::contiguous_mut(w, l1)?, m, v),
+            CpuStorage::BF16(w) => self.step.update_bf16(crate::ops::contiguous_mut(w, l1)?, m, v, self.seed),
             _ => candle_core::bail!("a master that is neither f32 nor bf16"),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(seed: u64, scale: f32) -> Tensor {
+        let value = |i: u64| (autograd::seed_of(&[seed, i]) >> 40) as f32 / 8_388_608.0 - 1.0;
+        Tensor::from_vec((0..3 * 67).map(|i| value(i) * scale).collect::<Vec<f32>>(), (3, 67), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn both_forms_of_an_update_agree() {
+        for dtype in [DType::F32, DType::BF16] {
+            let start = values(1, 1.0).to_dtype(dtype).unwrap();
+            let copy = |t: &Tensor| t.copy().unwrap();
+            let zeros = || Tensor::zeros((3, 67), DType::F32, &Device::Cpu).unwrap();
+            let (a, mut b) = ((copy(&start), zeros(), zeros()), (copy(&start), zeros(), zeros()));
+            let mut different = 0;
+            for t in 1..=5 {
+                let update = Update {
+                    first: Moments { beta: 0.9, factor: 0.3, squared: false },
+                    second: Moments { beta: 0.95, factor: 0.3, squared: true },
+                    step: autograd::AdamW {
+                        lr: 0.01,
+                        weight_decay: 0.1,
+                        eps: 1e-8,
+                        correction1: 1.0 / (1.0 - 0.9f32.powi(t)),
+                        correction2: 1.0 / (1.0 - 0.95f32.powi(t)),
+                    },
+                    seed: t as u64,
+                };
+                let g = values(t as u64 + 1, 5.0);
+                update.in_place(&a.0, &a.1, &a.2, &g).unwrap();
+                update.composed(&mut b.0, &mut b.1, &mut b.2, &g).unwrap();
+                for (a, b) in [(&a.0, &b.0), (&a.1, &b.1), (&a.2, &b.2)] {
+                    assert_eq!(a.dtype(), b.dtype());
+                    let flat =
+                        |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    for (a, b) in flat(a).into_iter().zip(flat(b)) {
+                        // The same noise: a bf16 differs only where a last bit of f32 decided.
+                        let near = (a - b).abs() <= 1e-5 * a.abs().max(0.1);
+                        different += usize::from(!near);
+                        assert!(near || dtype == DType::BF16, "{a} and {b}");
+                    }
+                }
+            }
+            assert!(different <= 5, "{dtype:?}: {different} values");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! A model's trainable tensors, by the names that a checkpoint gives them.
 
+use crate::checkpoint::Checkpoint;
 use crate::model::config::{ModelConfig, Projection};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -52,10 +53,15 @@ pub struct Parameter {
 }
 
 /// All trainable tensors of a decoder, in the order of a checkpoint.
+///
+/// A clone shares the tensors, and training updates them in place: [`Parameters::copied`] has its own.
 #[derive(Debug, Clone)]
 pub struct Parameters {
     list: Vec<Parameter>,
 }
+
+/// The embedding and the output head.
+const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 
 /// Where a tensor of the model stands and what it looks like.
 fn layout(config: &ModelConfig) -> Vec<(String, Kind, Vec<usize>)> {
@@ -77,7 +83,7 @@ fn layout(config: &ModelConfig) -> Vec<(String, Kind, Vec<usize>)> {
 
 impl Parameters {
     /// Random values: normal with deviation `1 / sqrt(inputs)`, those that write to the residual stream less by
-    /// `sqrt(2 · layers)`, as GPT-2 does; embeddings 0.02; norms 1. The same seed gives the same values everywhere.
+    /// `sqrt(2 · layers)`, as GPT-2 does; embeddings 0.02; norms 1. The same seed gives the same values on every device.
     ///
     /// # Errors
     /// Of candle.
@@ -90,7 +96,7 @@ impl Parameters {
             let writes = [Projection::Output, Projection::Down].iter().any(|p| name.contains(p.path()));
             let deviation = match (kind, writes) {
                 (Kind::Norm, _) => 0.0,
-                (_, false) if dims.first() == Some(&config.vocab_size) => 0.02,
+                (Kind::Dense, _) if EMBEDDINGS.contains(&name.as_str()) => 0.02,
                 (_, writes) => {
                     let inputs = dims.last().copied().unwrap_or(1) as f32;
                     inputs.sqrt().recip() / if writes { residual } else { 1.0 }
@@ -142,6 +148,34 @@ impl Parameters {
             Some(reason) => Err(Error::Shape { op: "parameters", reason }),
             None => Ok(Self { list }),
         }
+    }
+
+    /// The masters of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for one that is missing, packed, or of another shape.
+    pub fn from_checkpoint(
+        config: &ModelConfig,
+        masters: Masters,
+        device: &Device,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self> {
+        Self::from_values(config, masters, device, |name, dims| {
+            let values = match *dims {
+                [rows, cols] => checkpoint.dense(name, rows, cols)?.to_f32(),
+                _ => checkpoint.vector(name, dims.iter().product())?,
+            };
+            Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
+        })
+    }
+
+    /// The same values in tensors of their own.
+    ///
+    /// # Errors
+    /// Of candle.
+    pub fn copied(&self) -> Result<Self> {
+        let copy = |p: &Parameter| Ok(Parameter { value: p.value.contiguous()?.copy()?, ..p.clone() });
+        Ok(Self { list: self.list.iter().map(copy).collect::<Result<_>>()? })
     }
 
     /// The parameters, in the order of a checkpoint.

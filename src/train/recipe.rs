@@ -1,21 +1,26 @@
 //! A run's settings as one TOML file.
 
-use super::corpus::MAX_TEXT_BYTES;
 use super::parameters::Masters;
 use super::trainer::Optimization;
+use crate::backend::attention::AttentionShape;
 use crate::checkpoint::ScaleStyle;
 use crate::model::config::{
-    Activation, Family, MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Mode, ModelConfig,
-    Quantization,
+    Activation, Family, MAX_FEATURES, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Mode, ModelConfig, Quantization,
 };
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 /// Vocabulary entries that byte-level BPE cannot do without: the bytes and the end of text.
 pub const MIN_VOCAB: usize = 257;
 /// Largest vocabulary that is trained.
 pub const MAX_TRAINED_VOCAB: usize = 1 << 18;
+/// Most tokens of a step.
+pub const MAX_STEP_TOKENS: usize = 1 << 26;
+/// Largest recipe that is read.
+const MAX_RECIPE_BYTES: u64 = 1 << 20;
 
 /// The blocks of the decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -42,8 +47,9 @@ pub struct Shape {
     pub layers: usize,
     /// Query heads; divides `hidden`.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: usize,
+    /// Key and value heads; divides `heads`. As many as query heads where nobody says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
     /// Entries of the vocabulary.
     pub vocab: usize,
     /// Positions, and tokens of a training sequence.
@@ -64,7 +70,7 @@ impl Default for Shape {
             intermediate: 688,
             layers: 6,
             heads: 4,
-            kv_heads: 4,
+            kv_heads: None,
             vocab: 2048,
             context: 256,
             tied: true,
@@ -88,20 +94,22 @@ impl Shape {
         range("intermediate", self.intermediate, 4, MAX_FEATURES)?;
         range("layers", self.layers, 1, MAX_LAYERS)?;
         range("heads", self.heads, 1, MAX_HEADS)?;
-        range("kv_heads", self.kv_heads, 1, self.heads)?;
+        let kv_heads = self.kv_heads.unwrap_or(self.heads);
+        range("kv_heads", kv_heads, 1, self.heads)?;
         range("vocab", self.vocab, MIN_VOCAB, MAX_TRAINED_VOCAB)?;
-        range("context", self.context, 2, MAX_POSITIONS)?;
+        range("context (--length)", self.context, 2, MAX_POSITIONS)?;
         let divides = |name: &str, value: usize, by: usize, what: &str| match value.is_multiple_of(by) {
             true => Ok(()),
             false => Err(Error::request(name, format!("{value} is no multiple of {by} ({what})"))),
         };
         divides("hidden", self.hidden, self.heads, "heads")?;
-        divides("heads", self.heads, self.kv_heads, "kv_heads")?;
+        divides("heads", self.heads, kv_heads, "kv_heads")?;
+        range("heads / kv_heads", self.heads / kv_heads, 1, AttentionShape::MAX_GROUP)?;
         // Four rows share a byte in the packed form.
         divides("hidden", self.hidden, 4, "rows that share a byte")?;
         divides("intermediate", self.intermediate, 4, "rows that share a byte")?;
         let head_dim = self.hidden / self.heads;
-        range("hidden / heads", head_dim, 2, MAX_HEAD_DIM)?;
+        range("hidden / heads", head_dim, 4, AttentionShape::MAX_HEAD_DIM)?;
         divides("hidden / heads", head_dim, 4, "rotated pairs, and rows that share a byte")?;
         if !(1.0..=1e12).contains(&self.rope_theta) {
             return Err(Error::request("rope_theta", format!("{} is out of range: 1 to 1e12", self.rope_theta)));
@@ -116,7 +124,7 @@ impl Shape {
             intermediate_size: self.intermediate,
             num_layers: self.layers,
             num_heads: self.heads,
-            num_kv_heads: self.kv_heads,
+            num_kv_heads: kv_heads,
             head_dim,
             vocab_size: self.vocab,
             max_positions: self.context,
@@ -169,8 +177,16 @@ impl Recipe {
     /// # Errors
     /// [`Error::Io`], or [`Error::File`] naming the line or the key.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        toml::from_str(&text).map_err(|e| Error::file(path, e.to_string().trim().replace('\n', " ")))
+        let (mut text, file) = (String::new(), File::open(path).map_err(|e| Error::io(path, e))?);
+        file.take(MAX_RECIPE_BYTES + 1).read_to_string(&mut text).map_err(|e| Error::io(path, e))?;
+        if text.len() as u64 > MAX_RECIPE_BYTES {
+            return Err(Error::file(path, format!("more than {MAX_RECIPE_BYTES} bytes: this is no recipe")));
+        }
+        toml::from_str(&text).map_err(|e| {
+            let before = e.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            Error::file(path, format!("line {line}: {}", e.message().trim().replace('\n', " ")))
+        })
     }
 
     /// The text of such a file.
@@ -190,13 +206,13 @@ impl Recipe {
         if !(0.0..=0.5).contains(&b.validation) {
             return Err(Error::request("validation", format!("{} is out of range: 0 to 0.5", b.validation)));
         }
-        let most = (MAX_TEXT_BYTES as usize / self.model.context).max(1);
+        let most = (MAX_STEP_TOKENS / self.model.context).max(1);
         if !(1..=most).contains(&b.sequences) {
-            return Err(Error::request("sequences", format!("{} is out of range: 1 to {most}", b.sequences)));
+            return Err(Error::request("sequences (--batch)", format!("{} is out of range: 1 to {most}", b.sequences)));
         }
         if !(1..=b.sequences).contains(&b.micro) {
             let reason = format!("{} is out of range: 1 to {}, the sequences of a step", b.micro, b.sequences);
-            return Err(Error::request("micro", reason));
+            return Err(Error::request("micro (--micro-batch)", reason));
         }
         Ok(())
     }
@@ -226,7 +242,7 @@ mod tests {
         };
         assert!(error(&|r| r.model.heads = 3).starts_with("hidden: 256 is no multiple of 3"));
         assert!(error(&|r| r.model.vocab = 10).starts_with("vocab: 10 is out of range: 257"));
-        assert!(error(&|r| r.batches.micro = 17).starts_with("micro: 17 is out of range: 1 to 16"));
+        assert!(error(&|r| r.batches.micro = 17).starts_with("micro (--micro-batch): 17 is out of range: 1 to 16"));
         assert!(error(&|r| r.batches.validation = 0.9).starts_with("validation: 0.9"));
         assert!(error(&|r| r.optimization.lr = f64::NAN).starts_with("lr: NaN"));
         assert!(error(&|r| r.optimization.dropout = 1.0).starts_with("dropout: 1"));

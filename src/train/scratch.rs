@@ -1,22 +1,28 @@
 //! A run from scratch in a directory: text and recipe in, a checkpoint of masters out.
 //!
-//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `state.safetensors`
-//! (to resume from) and `masters/`, a checkpoint of the best parameters so far by validation.
+//! The directory holds `recipe.toml`, the tokenizer, `metrics.jsonl` (one object a step or validation), `curve.svg` (drawn
+//! from it after each validation), `state.safetensors` (to resume from) and `masters/`, a checkpoint of the best parameters
+//! so far by validation.
 
-use super::corpus::{Corpus, Stream, tokenize};
-use super::decoder::Decoder;
+use super::corpus::{Corpus, Stream, read_documents, tokenize, windows};
+use super::curve::write_curve;
+use super::decoder::{Batch, Decoder};
 use super::export::write_masters;
 use super::metrics::MetricsLog;
-use super::parameters::Parameters;
+use super::parameters::{Masters, Parameters};
 use super::recipe::Recipe;
 use super::state::Progress;
 use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
-use super::trainer::{Data, Event, Outcome, Trainer, Validation};
-use crate::checkpoint::write::write_text;
+use super::trainer::{Data, Event, Outcome, Trainer, Validation, total_loss};
+use crate::backend::host;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::write::{UNFINISHED, check_target, write_text};
 use crate::model::config::ModelConfig;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use candle_core::Device;
+use serde::Serialize;
+use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -26,8 +32,13 @@ pub const RECIPE: &str = "recipe.toml";
 pub const STATE: &str = "state.safetensors";
 /// The log's file.
 pub const METRICS: &str = "metrics.jsonl";
+/// The curve's file.
+pub const CURVE: &str = "curve.svg";
 /// The directory of the best masters.
 pub const MASTERS: &str = "masters";
+
+/// The file by which a process keeps others out.
+const LOCK: &str = ".lock";
 
 /// A prepared run.
 #[derive(Debug)]
@@ -39,6 +50,8 @@ pub struct Scratch {
     decoder: Decoder,
     stream: Stream,
     resumed: bool,
+    /// Held while this process trains in the directory.
+    lock: Option<File>,
 }
 
 /// What a run came to.
@@ -64,6 +77,24 @@ impl Summary {
     }
 }
 
+/// How well a text is predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Score {
+    /// Cross-entropy of its tokens, nats.
+    pub nats: f64,
+    /// Tokens that were scored: all but the first.
+    pub tokens: usize,
+    /// Bytes that they stand for.
+    pub bytes: usize,
+}
+
+impl Score {
+    /// Bits a byte.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64
+    }
+}
+
 impl Scratch {
     /// Prepares a run in a directory that holds none: reads the text, learns the tokenizer, writes the recipe.
     ///
@@ -76,10 +107,17 @@ impl Scratch {
             let reason = format!("{} holds a run; resume it, or name another directory", dir.display());
             return Err(Error::request("output directory", reason));
         }
+        // A run whose recipe was removed, a model, or files of somebody else's that would be replaced.
+        if let Some(name) = [METRICS, MASTERS].into_iter().find(|name| dir.join(name).exists()) {
+            let reason = format!("{} already holds {name}; choose another directory", dir.display());
+            return Err(Error::request("output directory", reason));
+        }
+        check_target(dir)?;
         let corpus = Corpus::read(text, recipe.batches.validation)?;
         let tokenizer = train_bpe(&corpus.train, recipe.model.vocab)?;
-        let run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
+        let mut run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        run.lock = Some(lock(dir)?);
         write_tokenizer(&run.tokenizer, dir)?;
         write_text(&dir.join(RECIPE), &recipe.to_toml()?)?;
         Ok(run)
@@ -92,8 +130,11 @@ impl Scratch {
     pub fn resume(text: &Path, dir: &Path) -> Result<Self> {
         let recipe = Recipe::read(&dir.join(RECIPE))?;
         recipe.check()?;
+        let lock = lock(dir)?;
+        [dir, &dir.join(MASTERS)].into_iter().for_each(remove_unfinished);
         let corpus = Corpus::read(text, recipe.batches.validation)?;
-        Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)
+        let run = Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)?;
+        Ok(Self { lock: Some(lock), ..run })
     }
 
     fn prepare(dir: &Path, recipe: Recipe, tokenizer: Tokenizer, corpus: &Corpus, resumed: bool) -> Result<Self> {
@@ -102,12 +143,14 @@ impl Scratch {
         let separator = corpus.separate.then_some(end);
         let train = tokenize(&tokenizer, &corpus.train, separator)?;
         let validation = tokenize(&tokenizer, &corpus.validation, separator)?;
-        let bytes = tokenizer.decode(validation.get(1..).unwrap_or_default(), true)?.len();
+        // The first token is not predicted. Byte-level tokens are spelt with one character a byte.
+        let first = validation.first().and_then(|id| tokenizer.id_to_token(*id)).map_or(0, |t| t.chars().count());
+        let bytes = corpus.validation.iter().map(String::len).sum::<usize>().saturating_sub(first);
         let (b, m) = (recipe.batches, recipe.model);
         let seed = recipe.optimization.seed;
         let stream = Stream::new(train, m.context, b.sequences, b.micro, seed, &validation, bytes)?;
-        let decoder = Decoder::new(&config)?;
-        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed })
+        let decoder = Decoder::new(&config)?.with_precision(recipe.optimization.precision);
+        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed, lock: None })
     }
 
     /// The settings.
@@ -133,7 +176,7 @@ impl Scratch {
     /// Trains to the end of the recipe or until `observe` breaks; everything that is written is written whole.
     ///
     /// # Errors
-    /// Those of [`Trainer::run`].
+    /// Those of [`Trainer::resume`] and [`Trainer::run`]; [`Error::Unavailable`] if this machine has too little memory.
     pub fn run(
         &self,
         device: &Device,
@@ -141,25 +184,71 @@ impl Scratch {
         observe: &mut dyn FnMut(Event<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Summary> {
         let o = self.recipe.optimization;
+        if device.is_cpu() {
+            self.check_memory(threads)?;
+        }
         let parameters = Parameters::random(&self.config, self.recipe.model.masters, device, o.seed)?;
         let mut trainer = Trainer::new(&self.decoder, &self.stream, parameters, o, threads)?;
         let state = self.dir.join(STATE);
         if self.resumed && state.exists() {
             trainer = trainer.resume(&state)?;
         }
-        let mut log = MetricsLog::open(&self.dir.join(METRICS), trainer.progress().step)?;
+        let (metrics, curve) = (self.dir.join(METRICS), self.dir.join(CURVE));
+        let mut log = MetricsLog::open(&metrics, trainer.progress().step)?;
         let validates = !self.stream.validation().is_empty();
         let outcome = trainer.run(Some(&state), &mut |event| {
             log.record(&event)?;
-            if let Event::Best(parameters) = &event {
-                self.export(parameters)?;
+            match &event {
+                Event::Best(parameters) => self.export(parameters)?,
+                Event::Validated(_) => write_curve(&metrics, &curve)?,
+                _ => {}
             }
             observe(event)
-        })?;
+        });
+        // Also of a run that failed: the curve may show why.
+        let drawn = write_curve(&metrics, &curve);
+        let outcome = outcome?;
+        drawn?;
         if !validates {
             self.export(trainer.parameters())?;
         }
         Ok(Summary::of(outcome, trainer.progress()))
+    }
+
+    /// Scores a text that played no part in training with the best masters of this run, in sliding windows of the model's
+    /// context, half of it apart, by the training pass: the way to compare a dense twin, which inference refuses.
+    ///
+    /// # Errors
+    /// Those of [`read_documents`], and if there are no masters yet.
+    pub fn evaluate(&self, text: &Path, device: &Device, threads: usize) -> Result<Score> {
+        let documents = read_documents(text)?;
+        let separator = (documents.len() > 1).then(|| self.config.eos_tokens.first().copied()).flatten();
+        let ids = tokenize(&self.tokenizer, &documents, separator)?;
+        let (length, micro) = (self.recipe.model.context, self.recipe.batches.micro);
+        let batches = windows(&ids, length, length / 2, micro);
+        let tokens = batches.iter().map(Batch::counted).sum();
+        if tokens == 0 {
+            return Err(Error::file(text, "too short: there is no token to predict"));
+        }
+        let bytes = self.tokenizer.decode(&ids[1..], true)?.len();
+        let checkpoint = Checkpoint::open(&self.dir.join(MASTERS))?;
+        let parameters = Parameters::from_checkpoint(&self.config, Masters::F32, device, &checkpoint)?;
+        let lambda = self.recipe.optimization.final_lambda();
+        let nats = total_loss(&self.decoder, &parameters, lambda, &batches, threads)?;
+        Ok(Score { nats, tokens, bytes })
+    }
+
+    /// Parameters, moments, effective weights, and gradients of every thread: what a run needs beside activations.
+    fn check_memory(&self, threads: usize) -> Result<()> {
+        let value = self.recipe.model.masters.dtype().size_in_bytes() as u64 + 3 * 4;
+        let needed = self.config.parameters().saturating_mul(value + 4 * (threads as u64 + 1));
+        match host::available_bytes() {
+            Some(available) if needed > available => Err(Error::Unavailable {
+                what: format!("{:.1} GB of memory for {} parameters", needed as f64 / 1e9, self.config.parameters()),
+                reason: format!("{:.1} GB are free; train a smaller model or on fewer threads", available as f64 / 1e9),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.
@@ -174,6 +263,62 @@ impl Scratch {
             "eos_token_id": self.config.eos_tokens.first(),
         });
         write_text(&dir.join("generation_config.json"), &format!("{generation:#}\n"))?;
-        write_masters(&dir, &self.config, parameters)
+        write_masters(&dir, &self.config, parameters, self.recipe.optimization.quantize)
+    }
+}
+
+/// Two processes must not train in one directory. The system ends the lock with the process, however that ends.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let reason = format!("another process is training in {}; wait for it, or stop it", dir.display());
+            Err(Error::request("output directory", reason))
+        }
+        // Not every file system has locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
+}
+
+/// Removes what a killed process was writing. Best effort: such files only take space.
+fn remove_unfinished(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_leaves_its_log_its_curve_and_its_masters() {
+        let dir = tempfile::tempdir().unwrap();
+        let (text, out) = (dir.path().join("text.txt"), dir.path().join("run"));
+        std::fs::write(&text, "Now fades the lamp, and yonder hill puts on a crown.\n".repeat(800)).unwrap();
+        let mut recipe = Recipe::default();
+        let (m, b, o) = (&mut recipe.model, &mut recipe.batches, &mut recipe.optimization);
+        (m.hidden, m.intermediate, m.layers, m.heads, m.kv_heads, m.vocab, m.context) =
+            (32, 48, 1, 2, Some(2), 257, 16);
+        (b.sequences, b.micro, b.validation) = (2, 1, 0.1);
+        (o.steps, o.warmup, o.eval_every, o.save_every) = (4, 1, 2, 2);
+        let curve = out.join(CURVE);
+        let mut seen = Vec::new();
+        let run = Scratch::start(&text, &out, &recipe).unwrap();
+        run.run(&Device::Cpu, 1, &mut |event| {
+            if let Event::Validated(_) = event {
+                seen.push(std::fs::read_to_string(&curve).unwrap());
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+        .unwrap();
+        assert_eq!(seen.len(), 2);
+        assert!(seen[0] != seen[1] && seen[1].contains("bits per byte at last"));
+        for name in [RECIPE, METRICS, STATE, CURVE, MASTERS] {
+            assert!(out.join(name).exists(), "{name}");
+        }
     }
 }

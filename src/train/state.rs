@@ -38,6 +38,9 @@ pub struct Progress {
     pub best: Option<Validation>,
     /// Validations since then.
     pub since_best: u64,
+    /// Fingerprint of the data, where it has one.
+    #[serde(default)]
+    pub data: Option<u64>,
 }
 
 /// The values of a tensor as little-endian bytes, with their type.
@@ -62,7 +65,7 @@ pub(super) fn save(
     let mut entries = Vec::new();
     for (p, (m, v)) in parameters.list().iter().zip(moments) {
         for (prefix, tensor) in [("master", &p.value), ("first_moment", m), ("second_moment", v)] {
-            let (dtype, _) = (if tensor.dtype() == DType::BF16 { StoredType::BF16 } else { StoredType::F32 }, ());
+            let dtype = if tensor.dtype() == DType::BF16 { StoredType::BF16 } else { StoredType::F32 };
             let tensor = tensor.clone();
             entries.push(Entry::new(format!("{prefix}.{}", p.name), dtype, p.value.dims().to_vec(), move |out| {
                 let (_, bytes) = bytes_of(&tensor).map_err(std::io::Error::other)?;

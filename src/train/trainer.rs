@@ -8,6 +8,7 @@ use super::optimizer::{AdamW, AdamWOptions};
 use super::parameters::Parameters;
 use super::schedule::Schedule;
 use super::state::{self, Progress};
+use crate::ops::grad::{self, Precision};
 use crate::{Error, Result};
 use candle_core::{Tensor, backprop::GradStore};
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ use std::time::{Duration, Instant};
 
 /// Consecutive steps without a finite loss after which a run is given up.
 pub const MAX_BAD_STEPS: u64 = 10;
+
+/// Most steps of a run.
+pub const MAX_STEPS: u64 = 1_000_000_000;
 
 /// What a run trains: parameters to a loss with gradients.
 pub trait Trainable: Sync {
@@ -53,6 +57,15 @@ pub trait Trainable: Sync {
         gradients: &[Tensor],
         parameters: &Parameters,
     ) -> Result<Vec<Tensor>>;
+
+    /// The same weights for scoring alone. The default keeps them as they are; without a variable among them nothing is
+    /// computed or kept for gradients.
+    fn frozen<'a>(prepared: Self::Prepared<'a>) -> Self::Prepared<'a>
+    where
+        Self: 'a,
+    {
+        prepared
+    }
 }
 
 impl Trainable for Decoder {
@@ -73,6 +86,13 @@ impl Trainable for Decoder {
     fn by_parameter(prepared: &Prepared<'_>, gradients: &[Tensor], parameters: &Parameters) -> Result<Vec<Tensor>> {
         prepared.by_parameter(gradients, parameters)
     }
+
+    fn frozen<'a>(prepared: Prepared<'a>) -> Prepared<'a>
+    where
+        Self: 'a,
+    {
+        prepared.frozen()
+    }
 }
 
 /// Where batches come from.
@@ -91,6 +111,12 @@ pub trait Data: Sync {
 
     /// How often `steps` steps see every example.
     fn epochs(&self, steps: u64) -> f64;
+
+    /// A number that changes with the data, kept in the state so that a run is not continued with other data. `None`
+    /// leaves that unchecked.
+    fn fingerprint(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// How a run goes.
@@ -115,6 +141,8 @@ pub struct Optimization {
     pub eps: f64,
     /// Largest norm of the mean gradient.
     pub clip: f64,
+    /// What the operands of matrix products are rounded to.
+    pub precision: Precision,
     /// Dropout of the embedding and of what each layer adds to the residual stream.
     pub dropout: f32,
     /// Steps over which the quantisers are mixed in linearly; 0: from the start.
@@ -144,6 +172,7 @@ impl Default for Optimization {
             beta2: adamw.beta2,
             eps: adamw.eps,
             clip: adamw.clip,
+            precision: Precision::F32,
             dropout: 0.0,
             lambda_warmup: 0,
             quantize: true,
@@ -164,7 +193,7 @@ impl Optimization {
         };
         let positive = |x: f64| x.is_finite() && x > 0.0;
         match self {
-            s if s.steps == 0 => bad("steps", &s.steps, "at least 1"),
+            s if !(1..=MAX_STEPS).contains(&s.steps) => bad("steps", &s.steps, "1 to 1000000000"),
             s if s.warmup > s.steps => bad("warmup", &s.warmup, "at most the number of steps"),
             s if !positive(s.lr) || s.lr > 10.0 => bad("lr", &s.lr, "above 0, at most 10"),
             s if !(0.0..=10.0).contains(&s.weight_decay) => bad("weight_decay", &s.weight_decay, "0 to 10"),
@@ -173,12 +202,19 @@ impl Optimization {
             s if !positive(s.eps) => bad("eps", &s.eps, "above 0"),
             s if !positive(s.clip) => bad("clip", &s.clip, "above 0"),
             s if !(0.0..1.0).contains(&s.dropout) => bad("dropout", &s.dropout, "0 to below 1"),
+            // What is validated and exported is fully quantised, so the run must get there.
+            s if s.lambda_warmup > s.steps => bad("lambda_warmup", &s.lambda_warmup, "at most the number of steps"),
             _ => Ok(()),
         }
     }
 
     fn adamw(&self) -> AdamWOptions {
         AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, clip: self.clip }
+    }
+
+    /// The part by which the quantisers are mixed in when all is done: what a model is judged by.
+    pub fn final_lambda(&self) -> f32 {
+        if self.quantize { 1.0 } else { 0.0 }
     }
 
     /// The part by which the quantisers are mixed in at a step.
@@ -240,7 +276,7 @@ pub enum Event<'a> {
         /// Steps that it holds.
         step: u64,
     },
-    /// The parameters are the best so far by validation.
+    /// The parameters are the best so far by validation. They go on changing in place: keep a [`Parameters::copied`].
     Best(&'a Parameters),
 }
 
@@ -267,7 +303,7 @@ pub struct Trainer<'a, M: Trainable, D: Data> {
 }
 
 impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
-    /// A run from its first step.
+    /// A run from its first step. The parameters are copied: training updates its own in place.
     ///
     /// # Errors
     /// [`Error::Request`] for settings out of range.
@@ -279,17 +315,30 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
         threads: usize,
     ) -> Result<Self> {
         optimization.check()?;
+        let parameters = parameters.copied()?;
         let optimizer = AdamW::new(&parameters, optimization.adamw())?;
-        let progress = Progress::default();
+        let progress = Progress { data: data.fingerprint(), ..Progress::default() };
         Ok(Self { model, data, optimization, threads: threads.max(1), parameters, optimizer, progress })
     }
 
     /// Continues from a saved state.
     ///
     /// # Errors
-    /// [`Error::File`] or [`Error::Tensor`] for a state that is damaged or of another model.
+    /// [`Error::Io`], [`Error::File`] or [`Error::Tensor`] for a state that is missing, damaged or of another model;
+    /// [`Error::Request`] if it was trained on other data.
     pub fn resume(mut self, path: &Path) -> Result<Self> {
-        let (parameters, moments, progress) = state::load(path, &self.parameters)?;
+        let (parameters, moments, mut progress) = state::load(path, &self.parameters)?;
+        if let (Some(saved), Some(given)) = (progress.data, self.progress.data)
+            && saved != given
+        {
+            let reason = format!(
+                "not what {} was trained on: it was changed, or is another one; give the same data, or begin a new run \
+                 in another directory",
+                path.display()
+            );
+            return Err(Error::request("training data", reason));
+        }
+        progress.data = self.progress.data;
         self.optimizer = AdamW::resume(&parameters, self.optimization.adamw(), moments, progress.updates)?;
         self.parameters = parameters;
         self.progress = progress;
@@ -314,7 +363,8 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
         state::save(path, &self.parameters, self.optimizer.moments(), &self.progress)
     }
 
-    /// Runs to the last step, or until `observe` breaks. The state goes to `path` as the settings say and at the end.
+    /// Runs to the last step, or until `observe` breaks. The state goes to `path` as the settings say and at the end. A
+    /// run whose patience was exhausted before takes no further step.
     ///
     /// # Errors
     /// [`Error::Training`] if the loss stays NaN or infinite; [`Error::Io`] if the state cannot be written; those of the
@@ -326,6 +376,10 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
     ) -> Result<Outcome> {
         let settings = self.optimization;
         let due = |every: u64, step: u64| step == settings.steps || (every > 0 && step.is_multiple_of(every));
+        let exhausted = |p: &Progress| settings.patience > 0 && p.since_best >= settings.patience;
+        if exhausted(&self.progress) && self.progress.step < settings.steps {
+            return Ok(Outcome::Stopped);
+        }
         let mut outcome = Outcome::Finished;
         while self.progress.step < settings.steps {
             let step = self.progress.step;
@@ -351,13 +405,13 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
                     flow = ControlFlow::Break(());
                 }
             }
-            let exhausted = settings.patience > 0 && self.progress.since_best >= settings.patience;
-            let stop = flow.is_break() || exhausted;
+            let exhausted = exhausted(&self.progress);
+            let mut stop = flow.is_break() || exhausted;
             if let Some(path) = path
                 && (stop || due(settings.save_every, step + 1))
             {
                 self.save(path)?;
-                let _ = observe(Event::Saved { step: step + 1 })?;
+                stop |= observe(Event::Saved { step: step + 1 })?.is_break();
             }
             if stop && self.progress.step < settings.steps {
                 outcome = if exhausted { Outcome::Stopped } else { Outcome::Interrupted };
@@ -431,13 +485,8 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
         if count == 0 {
             return Ok(None);
         }
-        let lambda = if self.optimization.quantize { 1.0 } else { 0.0 };
-        let prepared = self.model.prepare(&self.parameters, lambda)?;
-        let sums = in_order(self.threads, batches.len(), |i| {
-            let loss = M::loss(&prepared, &batches[i], Regularization::default())?;
-            Ok((f64::from(loss.to_scalar::<f32>()?), Vec::new()))
-        })?;
-        let nats = sums.map_or(f64::NAN, |(loss, _)| loss);
+        let lambda = self.optimization.final_lambda();
+        let nats = total_loss(self.model, &self.parameters, lambda, batches, self.threads)?;
         let bytes = self.data.validation_bytes();
         let loss = nats / count as f64;
         Ok(Some(Validation {
@@ -447,6 +496,25 @@ impl<'a, M: Trainable, D: Data> Trainer<'a, M, D> {
             best: loss.is_finite() && self.progress.best.is_none_or(|best| loss < best.loss),
         }))
     }
+}
+
+/// The cross-entropy of all targets of these batches, nats, without dropout and gradients' use.
+///
+/// # Errors
+/// If a batch does not fit the model.
+pub fn total_loss<M: Trainable>(
+    model: &M,
+    parameters: &Parameters,
+    lambda: f32,
+    batches: &[Batch],
+    threads: usize,
+) -> Result<f64> {
+    let prepared = M::frozen(model.prepare(parameters, lambda)?);
+    let sums = in_order(threads, batches.len(), |i| {
+        let loss = M::loss(&prepared, &batches[i], Regularization::default())?;
+        Ok((f64::from(loss.to_scalar::<f32>()?), Vec::new()))
+    })?;
+    Ok(sums.map_or(f64::NAN, |(loss, _)| loss))
 }
 
 /// A loss and its gradients.
@@ -470,11 +538,23 @@ fn in_order(threads: usize, count: usize, work: impl Fn(usize) -> Result<Sums> +
         };
         *total += loss;
         for (sum, gradient) in all.iter_mut().zip(gradients) {
-            *sum = (&*sum + gradient)?;
+            *sum = grad::accumulate(sum, &gradient)?;
         }
         Ok(())
     };
+    /// A worker that unwinds would leave the others waiting for its turn.
+    struct OnPanic<'a>(&'a Mutex<Shared>, &'a Condvar);
+    impl Drop for OnPanic<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                shared.error.get_or_insert_with(|| Error::Training("a worker panicked".into()));
+                self.1.notify_all();
+            }
+        }
+    }
     let worker = || {
+        let _guard = OnPanic(&shared, &turned);
         loop {
             let index = {
                 let mut s = lock();
@@ -510,5 +590,34 @@ fn in_order(threads: usize, count: usize, work: impl Fn(usize) -> Result<Sums> +
     match s.error {
         Some(e) => Err(e),
         None => Ok(s.sums),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    #[test]
+    fn results_are_added_in_order_and_failures_end_the_wait() {
+        let delayed = |i: usize| {
+            std::thread::sleep(Duration::from_millis(8 - i as u64));
+            // Sums that depend on their order.
+            let value = [1e8f32, 1.0, -1e8, 1.0, 3.0, 1e8, 0.5][i];
+            Ok((f64::from(value), vec![Tensor::new(value, &candle_core::Device::Cpu)?]))
+        };
+        let sum = |threads| {
+            let (loss, tensors) = in_order(threads, 7, delayed).unwrap().unwrap();
+            (loss, tensors[0].to_scalar::<f32>().unwrap())
+        };
+        let one = sum(1);
+        assert_eq!((sum(2), sum(3), sum(9)), (one, one, one));
+        assert!(in_order(3, 0, delayed).unwrap().is_none());
+        for threads in 1..5 {
+            let failing = |i| if i == 2 { Err(Error::Training("two".into())) } else { delayed(i) };
+            assert_eq!(in_order(threads, 7, failing).unwrap_err().to_string(), "training: two");
+            let panicking = |i| if i == 2 { panic!("two") } else { delayed(i) };
+            assert!(catch_unwind(AssertUnwindSafe(|| in_order(threads, 7, panicking).map(drop))).is_err());
+        }
     }
 }

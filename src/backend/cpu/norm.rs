@@ -100,7 +100,8 @@ per_isa! {
         match gate {
             Gate::Relu2 => {
                 for ((o, g), u) in out.iter_mut().zip(g).zip(up) {
-                    let r = if *g > 0.0 { *g } else { 0.0 };
+                    // NaN stays NaN.
+                    let r = if *g < 0.0 { 0.0 } else { *g };
                     *o = r * r * u;
                 }
             }

@@ -176,7 +176,7 @@ impl Report {
         }
         let file = |(i, file): (usize, &std::sync::Arc<_>)| file_report(checkpoint, i, file);
         Ok(Self {
-            path: checkpoint.dir().display().to_string(),
+            path: checkpoint.source().to_string(),
             family: config.family.architecture(),
             layers: config.num_layers,
             hidden_size: config.hidden_size,

@@ -1,5 +1,6 @@
 //! A directory that becomes a checkpoint all at once, or not at all.
 
+use crate::checkpoint::ModelFiles;
 use crate::checkpoint::write::check_target;
 use crate::{Error, Result};
 use std::fs::File;
@@ -33,8 +34,8 @@ impl Staging {
     }
 
     /// Copies a regular file, following links: the hub's cache is made of them.
-    pub fn copy(&self, from: &Path, name: &str) -> Result<()> {
-        let mut source = File::open(from).map_err(|e| Error::io(from, e))?;
+    pub fn copy(&self, from: &ModelFiles, name: &str) -> Result<()> {
+        let mut source = from.reader(name)?;
         let path = self.dir().join(name);
         let copied = File::create(&path).and_then(|mut file| {
             io::copy(&mut source, &mut file)?;
@@ -95,17 +96,14 @@ pub(crate) struct Companions {
 
 impl Companions {
     /// Sorts the files of `source`; hidden files and the checkpoint's own are neither.
-    pub fn of(source: &Path) -> Result<Self> {
+    pub fn of(source: &ModelFiles) -> Result<Self> {
         let mut found = Self::default();
-        for entry in std::fs::read_dir(source).map_err(|e| Error::io(source, e))? {
-            let entry = entry.map_err(|e| Error::io(source, e))?;
-            let name = entry.file_name().to_string_lossy().into_owned();
+        // A pipe would never end.
+        for (name, regular) in source.list()? {
             let own = name == "config.json" || name.starts_with("model") && name.contains(".safetensors");
             if own || name.starts_with('.') {
                 continue;
             }
-            // A link's own metadata would say "link"; a pipe would never end.
-            let regular = std::fs::metadata(entry.path()).is_ok_and(|m| m.is_file());
             let list = if regular && goes_along(&name) { &mut found.copied } else { &mut found.left };
             list.push(name);
         }

@@ -2,11 +2,10 @@
 
 use super::progress::{Phase, Tracker};
 use super::{Model, linears};
-use crate::checkpoint::{Checkpoint, TensorView};
+use crate::checkpoint::{Checkpoint, ModelFiles, TensorView};
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use std::collections::HashSet;
-use std::path::Path;
 
 /// Bytes that are compared at a time.
 const CHUNK: usize = 4 << 20;
@@ -34,7 +33,7 @@ pub struct Verified {
 /// # Errors
 /// As [`Checkpoint::open`] and loading; [`Error::Tensor`] or [`Error::Config`] for the first difference, naming `target`'s
 /// file.
-pub fn verify(source: &Path, target: &Path) -> Result<Verified> {
+pub fn verify(source: impl Into<ModelFiles>, target: impl Into<ModelFiles>) -> Result<Verified> {
     let source = Model::open(source)?;
     compare(&source, &Model::open(target)?, &Tracker::new(&mut |_| std::ops::ControlFlow::Continue(())))
 }

@@ -4,7 +4,7 @@
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::{Gate, autograd};
 use crate::ternary::{ACTIVATION_MAX, MIN_ABSMAX};
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use std::sync::Arc;
 
 /// As [`super::rms_norm`].
@@ -46,13 +46,15 @@ fn round_half_even(x: &Tensor) -> Result<Tensor> {
     (x + ROUND)? - ROUND
 }
 
-fn straight_through(x: &Tensor, quantized: &Tensor, lambda: f32) -> Result<Tensor> {
-    // λ = 1 as (x − x) + Q(x), so that the values are exactly the quantised ones.
-    let rest = match lambda {
-        1.0 => (x - x.detach())?,
-        _ => ((x - x.detach())? + ((x.detach() - quantized)? * f64::from(1.0 - lambda))?)?,
+/// `plain + λ (quantized − plain)` with the gradient of `x`, of which `plain` holds the values.
+fn straight_through(x: &Tensor, plain: &Tensor, quantized: &Tensor, lambda: f32) -> Result<Tensor> {
+    // (x − x) + …, so that the values are exactly those of the ends at λ = 0 and 1.
+    let values = match lambda {
+        0.0 => plain.clone(),
+        1.0 => quantized.clone(),
+        _ => (quantized + ((plain - quantized)? * f64::from(1.0 - lambda))?)?,
     };
-    rest + quantized
+    (x - x.detach())? + values
 }
 
 /// As [`super::fake_quantize`].
@@ -65,7 +67,7 @@ pub fn fake_quantize(x: &Tensor, lambda: f32) -> Result<Tensor> {
     let scale = (absmax.ones_like()? * f64::from(ACTIVATION_MAX))?.div(&absmax)?;
     let limit = f64::from(ACTIVATION_MAX);
     let q = round_half_even(&plain.broadcast_mul(&scale)?.clamp(-limit, limit)?)?.broadcast_div(&scale)?;
-    straight_through(x, &q, lambda)
+    straight_through(x, &plain, &q, lambda)
 }
 
 /// As [`super::fake_ternary`].
@@ -75,13 +77,16 @@ pub fn fake_quantize(x: &Tensor, lambda: f32) -> Result<Tensor> {
 pub fn fake_ternary(master: &Tensor, lambda: f32) -> Result<Tensor> {
     let x = master.to_dtype(DType::F32)?;
     let rounded = x.detach().to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
-    let s = 1.0 / (rounded.abs()?.mean_all()?.to_scalar::<f32>()?).max(1e-5);
-    let q = (round_half_even(&(&rounded * f64::from(s))?.clamp(-1.0, 1.0)?)? * f64::from(1.0 / s))?;
-    let rest = match lambda {
-        1.0 => (&x - x.detach())?,
-        _ => ((&x - x.detach())? + ((rounded - &q)? * f64::from(1.0 - lambda))?)?,
+    let magnitudes = rounded.abs()?;
+    // The mean that loading takes is exact to f32; Metal has no f64, so a value at the edge between two codes can fall
+    // to the other side there.
+    let mean = match x.device() {
+        Device::Metal(_) => magnitudes.mean_all()?.to_scalar::<f32>()?,
+        _ => (magnitudes.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()? / x.elem_count() as f64) as f32,
     };
-    rest + q
+    let s = 1.0 / mean.max(1e-5);
+    let q = (round_half_even(&(&rounded * f64::from(s))?.clamp(-1.0, 1.0)?)? * f64::from(1.0 / s))?;
+    straight_through(&x, &rounded, &q, lambda)
 }
 
 /// As [`super::dropout`].

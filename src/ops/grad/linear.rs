@@ -1,16 +1,17 @@
 //! The linear layer with its gradients, plain and with the activation quantiser inside.
 
-use super::{composed, f32_storage, require_f32, tensor_like, with_values};
-use crate::backend::cpu::autograd::{self, Matrix, matmul};
+use super::{Precision, composed, f32_storage, require_f32, tensor_like, with_values};
+use crate::backend::cpu::autograd::{self, Epilogue, Matrix, Operand, matmul, matmul_bf16};
 use crate::ops::contiguous;
+use crate::ternary::ACTIVATION_MAX;
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 
 /// `x · wᵀ` of f32 `x` `[…, in]` and `w` `[out, in]`: `[…, out]`.
 ///
 /// # Errors
 /// Of candle, if shapes or types do not fit.
-pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    apply(x, weight, None)
+pub fn linear(x: &Tensor, weight: &Tensor, precision: Precision) -> Result<Tensor> {
+    apply(x, weight, None, precision)
 }
 
 /// `fake_quantize(x, λ) · wᵀ`: BitLinear's product, with `weight` `[out, in]` as [`super::fake_ternary`] gives it. The
@@ -18,11 +19,11 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// Of candle, if shapes or types do not fit.
-pub fn bit_linear(x: &Tensor, weight: &Tensor, lambda: f32) -> Result<Tensor> {
-    apply(x, weight, Some(lambda))
+pub fn bit_linear(x: &Tensor, weight: &Tensor, lambda: f32, precision: Precision) -> Result<Tensor> {
+    apply(x, weight, Some(lambda), precision)
 }
 
-fn apply(x: &Tensor, weight: &Tensor, lambda: Option<f32>) -> Result<Tensor> {
+fn apply(x: &Tensor, weight: &Tensor, lambda: Option<f32>, precision: Precision) -> Result<Tensor> {
     if !x.device().is_cpu() {
         let x = lambda.map_or_else(|| Ok(x.clone()), |lambda| composed::fake_quantize(x, lambda))?;
         return composed::linear(&x, weight);
@@ -33,13 +34,14 @@ fn apply(x: &Tensor, weight: &Tensor, lambda: Option<f32>) -> Result<Tensor> {
     if x.dim(D::Minus1)? != inputs || x.elem_count() == 0 {
         candle_core::bail!("linear: input {:?} for a weight {:?}", x.dims(), weight.dims());
     }
-    x.contiguous()?.apply_op2(&weight.contiguous()?, Linear { outputs, inputs, lambda })
+    x.contiguous()?.apply_op2(&weight.contiguous()?, Linear { outputs, inputs, lambda, precision })
 }
 
 struct Linear {
     outputs: usize,
     inputs: usize,
     lambda: Option<f32>,
+    precision: Precision,
 }
 
 impl Linear {
@@ -57,6 +59,62 @@ impl Linear {
     }
 }
 
+/// Factors that make the rows of a quantised operand its integer codes, and their inverses. Rounding to bf16 then changes
+/// nothing; rows that are not quantised keep bf16's relative precision.
+struct RowFactors {
+    factors: Vec<f32>,
+    inverses: Vec<f32>,
+}
+
+impl RowFactors {
+    /// So that each row's absolute maximum becomes `largest`; zero rows stay as they are.
+    fn new(x: &[f32], cols: usize, largest: f32) -> Self {
+        let inverses: Vec<f32> = autograd::row_absmax(x, cols)
+            .into_iter()
+            .map(|max| if max.is_normal() { max / largest } else { 1.0 })
+            .collect();
+        Self { factors: inverses.iter().map(|f| 1.0 / f).collect(), inverses }
+    }
+}
+
+impl Linear {
+    /// `y = x · wᵀ` of what is multiplied.
+    fn forward(&self, x: &[f32], w: &[f32], tokens: usize, out: &mut [f32]) -> crate::Result<()> {
+        let (n, k) = (self.outputs, self.inputs);
+        let (a, b) = (Matrix::new(x, tokens, k, k)?, Matrix::new(w, n, k, k)?);
+        if self.precision == Precision::F32 {
+            return matmul(a, b.t(), 1.0, out, n, false);
+        }
+        let (x, w) = (RowFactors::new(x, k, ACTIVATION_MAX), RowFactors::new(w, k, 1.0));
+        let epilogue = Epilogue { row_factors: Some(&x.inverses), col_factors: Some(&w.inverses), accumulate: false };
+        matmul_bf16(Operand::new(a).rows(&x.factors), Operand::new(b).rows(&w.factors).t(), epilogue, out, n)
+    }
+
+    /// `dx = dy · w`.
+    fn input_gradient(&self, dy: &[f32], w: &[f32], tokens: usize, dx: &mut [f32]) -> crate::Result<()> {
+        let (n, k) = (self.outputs, self.inputs);
+        let (a, b) = (Matrix::new(dy, tokens, n, n)?, Matrix::new(w, n, k, k)?);
+        if self.precision == Precision::F32 {
+            return matmul(a, b, 1.0, dx, k, false);
+        }
+        let w = RowFactors::new(w, k, 1.0);
+        let (a, b) = (Operand::new(a).cols(&w.inverses), Operand::new(b).rows(&w.factors));
+        matmul_bf16(a, b, Epilogue::default(), dx, k)
+    }
+
+    /// `dw = dyᵀ · x` of what was multiplied.
+    fn weight_gradient(&self, dy: &[f32], x: &[f32], tokens: usize, dw: &mut [f32]) -> crate::Result<()> {
+        let (n, k) = (self.outputs, self.inputs);
+        let (a, b) = (Matrix::new(dy, tokens, n, n)?, Matrix::new(x, tokens, k, k)?);
+        if self.precision == Precision::F32 {
+            return matmul(a.t(), b, 1.0, dw, k, false);
+        }
+        let x = RowFactors::new(x, k, ACTIVATION_MAX);
+        let (a, b) = (Operand::new(a).rows(&x.inverses).t(), Operand::new(b).rows(&x.factors));
+        matmul_bf16(a, b, Epilogue::default(), dw, k)
+    }
+}
+
 impl CustomOp2 for Linear {
     fn name(&self) -> &'static str {
         "linear-with-gradient"
@@ -64,46 +122,34 @@ impl CustomOp2 for Linear {
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, w) = (contiguous::<f32>(s1, l1)?, contiguous::<f32>(s2, l2)?);
-        let (n, k) = (self.outputs, self.inputs);
-        let tokens = x.len() / k;
-        let mut out = vec![0.0; tokens * n];
-        self.with_inputs(x, |x| {
-            Ok(matmul(Matrix::new(x, tokens, k, k)?, Matrix::new(w, n, k, k)?.t(), 1.0, &mut out, n, false)?)
-        })?;
+        let tokens = x.len() / self.inputs;
+        let mut out = vec![0.0; tokens * self.outputs];
+        self.with_inputs(x, |x| Ok(self.forward(x, w, tokens, &mut out)?))?;
         let mut dims = l1.dims().to_vec();
-        dims.iter_mut().next_back().into_iter().for_each(|last| *last = n);
+        dims.iter_mut().next_back().into_iter().for_each(|last| *last = self.outputs);
         Ok((f32_storage(out), Shape::from(dims)))
     }
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (n, k) = (self.outputs, self.inputs);
-        let tokens = x.elem_count() / k;
+        let tokens = x.elem_count() / self.inputs;
         with_values(dy, |dy| {
-            let dy = Matrix::new(dy, tokens, n, n)?;
-            let dx = match needs_gradient(x) {
+            let dx = match x.track_op() {
                 false => None,
                 true => with_values(weight, |w| {
-                    let mut dx = vec![0.0; tokens * k];
-                    matmul(dy, Matrix::new(w, n, k, k)?, 1.0, &mut dx, k, false)?;
+                    let mut dx = vec![0.0; x.elem_count()];
+                    self.input_gradient(dy, w, tokens, &mut dx)?;
                     tensor_like(dx, x).map(Some)
                 })?,
             };
-            let dw = match needs_gradient(weight) {
+            let dw = match weight.track_op() {
                 false => None,
                 true => with_values(x, |xs| {
-                    let mut dw = vec![0.0; n * k];
-                    self.with_inputs(xs, |xs| {
-                        Ok(matmul(dy.t(), Matrix::new(xs, tokens, k, k)?, 1.0, &mut dw, k, false)?)
-                    })?;
+                    let mut dw = vec![0.0; weight.elem_count()];
+                    self.with_inputs(xs, |xs| Ok(self.weight_gradient(dy, xs, tokens, &mut dw)?))?;
                     tensor_like(dw, weight).map(Some)
                 })?,
             };
             Ok((dx, dw))
         })
     }
-}
-
-/// Whether candle will ask for this tensor's gradient.
-fn needs_gradient(tensor: &Tensor) -> bool {
-    tensor.track_op()
 }

@@ -3,9 +3,10 @@
 //! On a CPU each is one custom op whose `bwd` is written by hand; on other devices it is composed of candle's own
 //! operations ([`composed`]), whose gradients candle derives. Tests hold one against the other.
 //!
-//! The `frozen_*` operations, [`low_rank`] and [`adapted_linear`] are for adapters: their forward pass runs inference's own kernels on the
-//! stored weights, bit for bit, and only their input (and the adapter) has a gradient. They run on the CPU.
+//! The `frozen_*` operations, [`low_rank`] and [`adapted_linear`] are for adapters: their forward pass runs inference's own
+//! kernels on the stored weights, bit for bit, and only their input (and the adapter) has a gradient. They run on the CPU.
 
+mod accumulate;
 mod adapted;
 mod attention;
 pub mod composed;
@@ -20,6 +21,7 @@ mod low_rank;
 mod norm;
 mod quantize;
 
+pub use accumulate::accumulate;
 pub use adapted::{Update, adapted_linear};
 pub use attention::attention;
 pub use dropout::dropout;
@@ -34,7 +36,26 @@ pub use norm::rms_norm;
 pub use quantize::{fake_quantize, fake_ternary};
 
 use super::contiguous;
+use crate::backend::cpu::autograd;
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
+
+/// What the operands of matrix products are rounded to; sums are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Nothing.
+    #[default]
+    F32,
+    /// bf16, scaled so that quantised operands are not rounded at all (mixed precision). Attention stays f32.
+    BF16,
+}
+
+impl Precision {
+    /// What is fastest here: bf16 if this CPU multiplies it.
+    pub fn fastest() -> Self {
+        if autograd::has_bf16_products() { Self::BF16 } else { Self::F32 }
+    }
+}
 
 /// Calls `f` with the elements of a contiguous f32 tensor on the CPU.
 fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {

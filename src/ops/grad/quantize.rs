@@ -13,6 +13,9 @@ use half::bf16;
 /// # Errors
 /// Of candle, if the type is not f32.
 pub fn fake_quantize(x: &Tensor, lambda: f32) -> Result<Tensor> {
+    if lambda == 0.0 {
+        return Ok(x.clone());
+    }
     if !x.device().is_cpu() {
         return composed::fake_quantize(x, lambda);
     }
@@ -70,6 +73,10 @@ impl CustomOp1 for Weights {
             CpuStorage::F32(_) => contiguous::<f32>(s, l)?.iter().map(|w| bf16::from_f32(*w).to_f32()).collect(),
             _ => candle_core::bail!("fake-ternary: masters are f32 or bf16"),
         };
+        // A dense model's weights exactly, and not to within the rounding of the mixture.
+        if self.lambda == 0.0 {
+            return Ok((f32_storage(rounded), l.shape().clone()));
+        }
         let scale = crate::ternary::absmean_scale(&rounded);
         let mut out = vec![0.0; rounded.len()];
         autograd::fake_ternary(&rounded, scale, self.lambda, &mut out);

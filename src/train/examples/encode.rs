@@ -1,6 +1,7 @@
 //! Conversations to tokens, as the model will meet them when it is asked.
 
 use super::{Sample, TrainOn};
+use crate::checkpoint::ModelFiles;
 use crate::generate::GenerationDefaults;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
@@ -54,9 +55,17 @@ impl PromptFormat {
     /// # Errors
     /// Those of [`Tokenizer::from_dir`], [`ChatTemplate::from_dir`] and [`GenerationDefaults::from_dir`].
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let tokenizer = Tokenizer::from_dir(dir)?;
-        let template = ChatTemplate::from_dir(dir)?;
-        let ends = GenerationDefaults::from_dir(dir, &tokenizer, template.as_ref())?.eos;
+        Self::open(&ModelFiles::from(dir))
+    }
+
+    /// That of a model.
+    ///
+    /// # Errors
+    /// As [`Self::from_dir`].
+    pub fn open(files: &ModelFiles) -> Result<Self> {
+        let tokenizer = Tokenizer::open(files)?;
+        let template = ChatTemplate::open(files)?;
+        let ends = GenerationDefaults::open(files, &tokenizer, template.as_ref())?.eos;
         Ok(Self::new(tokenizer, template, ends))
     }
 

@@ -2,7 +2,6 @@
 
 use crate::{Error, Result};
 use gemm::Parallelism;
-use std::time::{Duration, Instant};
 
 /// A matrix in borrowed memory: element `(i, j)` is `data[i · row_stride + j · col_stride]`.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +21,16 @@ impl<'a> Matrix<'a> {
     pub fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Result<Self> {
         check(data.len(), rows, cols, row_stride)?;
         Ok(Self { data, rows, cols, row_stride, col_stride: 1 })
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// A row of a matrix that was not transposed.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.row_stride..][..self.cols]
     }
 
     /// The transposed matrix, without moving anything.
@@ -76,34 +85,4 @@ pub fn matmul(a: Matrix, b: Matrix, alpha: f32, out: &mut [f32], out_stride: usi
         );
     }
     Ok(())
-}
-
-/// GFLOP/s of a plain product of this shape on `threads` threads at once, each its own: what the passes of training are
-/// compared with. Takes about a quarter of a second.
-///
-/// # Errors
-/// [`Error::Shape`] for an empty shape.
-pub fn matmul_tiled_gflops(rows: usize, cols: usize, inner: usize, threads: usize) -> Result<f64> {
-    let run = || -> Result<f64> {
-        let (a, b) = (vec![1.0f32; rows * inner], vec![1.0f32; cols * inner]);
-        let mut out = vec![0.0f32; rows * cols];
-        let mut once = || {
-            let (a, b) = (Matrix::new(&a, rows, inner, inner)?, Matrix::new(&b, cols, inner, inner)?);
-            matmul(a, b.t(), 1.0, &mut out, cols, false)
-        };
-        once()?;
-        let (begun, mut count) = (Instant::now(), 0u32);
-        while begun.elapsed() < Duration::from_millis(250) {
-            once()?;
-            count += 1;
-        }
-        Ok(2e-9 * rows as f64 * cols as f64 * inner as f64 * f64::from(count) / begun.elapsed().as_secs_f64())
-    };
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(run)).collect();
-        let joined = workers.into_iter().map(|w| {
-            w.join().unwrap_or_else(|_| Err(Error::Shape { op: "matmul", reason: "a worker panicked".into() }))
-        });
-        joined.sum()
-    })
 }

@@ -5,9 +5,13 @@
 
 mod attention;
 mod gemm;
+mod mixed;
+mod speed;
 
 pub use attention::{attention, attention_backward};
-pub use gemm::{Matrix, matmul, matmul_tiled_gflops};
+pub use gemm::{Matrix, matmul};
+pub use mixed::{Epilogue, Operand, has_bf16_products, matmul_bf16};
+pub use speed::product_gflops;
 
 use super::Gate;
 use super::isa::{Isa, per_isa};
@@ -72,6 +76,22 @@ pub fn fake_quantize(x: &[f32], cols: usize, lambda: f32, out: &mut [f32]) {
     }
 }
 
+/// The absolute maximum of each row of `cols` values.
+pub fn row_absmax(x: &[f32], cols: usize) -> Vec<f32> {
+    let row = |x: &[f32]| {
+        let mut max = 0.0;
+        absmax_row(Isa::best(), x, &mut max);
+        max
+    };
+    x.chunks_exact(cols.max(1)).map(row).collect()
+}
+
+per_isa! {
+    fn absmax_row(x: &[f32], max: &mut f32) {
+        *max = norm::absmax(x);
+    }
+}
+
 per_isa! {
     fn fake_quantize_row(x: &[f32], lambda: f32, out: &mut [f32]) {
         let scale = ACTIVATION_MAX / norm::absmax(x).max(MIN_ABSMAX);
@@ -125,7 +145,7 @@ per_isa! {
         match gate {
             Gate::Relu2 => {
                 for ((((g, up), dy), dg), dup) in rows {
-                    let r = if *g > 0.0 { *g } else { 0.0 };
+                    let r = if *g < 0.0 { 0.0 } else { *g };
                     *dg = 2.0 * r * up * dy;
                     *dup = r * r * dy;
                 }
@@ -249,12 +269,22 @@ impl AdamW {
     /// half a step of bf16. What is random is a function of `seed` and the position.
     pub fn update_bf16(&self, w: &mut [bf16], m: &[f32], v: &[f32], seed: u64) {
         for (i, ((w, m), v)) in w.iter_mut().zip(m).zip(v).enumerate() {
-            let exact = self.stepped(w.to_f32(), *m, *v);
-            let noise = (mix(seed.wrapping_add(i as u64 + 1)) & 0xffff) as u32;
-            // Finite values below the largest only: the norm of the gradient was checked.
-            *w = bf16::from_bits((exact.to_bits().wrapping_add(noise) >> 16) as u16);
+            *w = round_stochastically(self.stepped(w.to_f32(), *m, *v), seed, i);
         }
     }
+}
+
+/// One of the two bf16 next to `x`, the nearer one more likely, so that the mean is `x`: the noise of the `index`-th
+/// value under `seed`. For finite values below the largest bf16 only.
+#[inline(always)]
+pub fn round_stochastically(x: f32, seed: u64, index: usize) -> bf16 {
+    let noise = (mix(seed.wrapping_add(index as u64 + 1)) & 0xffff) as u32;
+    bf16::from_bits((x.to_bits().wrapping_add(noise) >> 16) as u16)
+}
+
+/// A seed of its own for each combination of numbers, far from those of its neighbours.
+pub fn seed_of(numbers: &[u64]) -> u64 {
+    numbers.iter().fold(0, |seed, n| mix(seed ^ mix(n.wrapping_add(1))))
 }
 
 per_isa! {
@@ -279,6 +309,19 @@ pub fn sum_of_squares(g: &[f32]) -> f64 {
 per_isa! {
     fn square_block(g: &[f32], sum: &mut f32) {
         *sum = dot(g, g);
+    }
+}
+
+/// `a += b`.
+pub fn add(a: &mut [f32], b: &[f32]) {
+    add_values(Isa::best(), a, b);
+}
+
+per_isa! {
+    fn add_values(a: &mut [f32], b: &[f32]) {
+        for (a, b) in a.iter_mut().zip(b) {
+            *a += b;
+        }
     }
 }
 

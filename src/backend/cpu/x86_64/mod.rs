@@ -1,6 +1,7 @@
 //! Ternary kernels for x86-64, one file per instruction set.
 
 mod avx2;
+pub(super) mod avx512_bf16;
 mod avx512_vnni;
 mod avx_vnni;
 
