@@ -5,7 +5,7 @@
 //! TEXT is the plays to train on, HELDOUT a text that is only scored at the end. What is in OUT is what `bitnet train`
 //! writes, and `packed/`, the model as it is embedded. The same recipe, text and OUT go on where an interrupted run stopped.
 
-use candle_bitnet::backend::host::{keep_candle_on_the_calling_thread, keep_freed_memory, physical_cores};
+use candle_bitnet::backend::host::{physical_cores, prepare_for_training};
 use candle_bitnet::checkpoint::ScaleStyle;
 use candle_bitnet::evaluate::{Windows, score};
 use candle_bitnet::model::convert::{Form, convert};
@@ -16,8 +16,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    keep_candle_on_the_calling_thread();
-    keep_freed_memory();
+    prepare_for_training();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [text, out, heldout] = args.as_slice() else {
         return Err("usage: train_shakespeare TEXT OUT HELDOUT".into());

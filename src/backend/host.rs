@@ -204,11 +204,18 @@ pub fn cpu_name() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// Makes candle's own operations run on the thread that calls them, for programs that keep every core busy with
-/// threads of their own, as training does: candle's pool would make them wait for each other. Must come before candle
-/// is first used and before the program has more than one thread; otherwise nothing changes and the answer is false.
+/// Prepares a process for training, which keeps every core busy with threads of its own and allocates the same large
+/// tensors in every step: candle's own operations stay on the thread that calls them, and freed memory is kept. Must come
+/// first in a program, before candle is used and before there is a second thread; otherwise candle keeps its pool, which
+/// costs time only, and the answer is false.
+pub fn prepare_for_training() -> bool {
+    keep_freed_memory();
+    keep_candle_on_the_calling_thread()
+}
+
+/// Makes candle's own operations run on the thread that calls them: its pool would make threads wait for each other.
 /// `CANDLE_NUM_THREADS=1` in the environment does the same.
-pub fn keep_candle_on_the_calling_thread() -> bool {
+fn keep_candle_on_the_calling_thread() -> bool {
     const NAME: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(NAME).is_some() {
         return true;
@@ -222,10 +229,9 @@ pub fn keep_candle_on_the_calling_thread() -> bool {
     alone
 }
 
-/// Keeps freed memory for the next allocation instead of handing it back to the system, where the allocator can (glibc).
-/// Programs that allocate the same large tensors in every step, as training does, otherwise spend a tenth of their time
-/// on having pages cleared again.
-pub fn keep_freed_memory() {
+/// Keeps freed memory for the next allocation instead of handing it back to the system, where the allocator can (glibc);
+/// otherwise a tenth of the time goes into having the same pages cleared again.
+fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     for (option, value) in [
         (libc::M_MMAP_THRESHOLD, 1 << 30),

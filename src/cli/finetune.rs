@@ -4,7 +4,7 @@ pub use super::finetune_args::Args;
 use super::print;
 use super::train_progress::{TrainingDisplay, device_and_threads};
 use anyhow::Result;
-use candle_bitnet::backend::host::keep_candle_on_the_calling_thread;
+use candle_bitnet::backend::host::prepare_for_training;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use candle_bitnet::generate::GenerateOptions;
@@ -24,7 +24,7 @@ const TEST_TOKENS: usize = 32;
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     // Before any thread: training keeps every core busy with micro-batches.
-    keep_candle_on_the_calling_thread();
+    prepare_for_training();
     let (device, threads) = args.device_and_threads()?;
     let (run, format) = prepare(&args)?;
     let prompt = match &args.test_prompt {

@@ -4,7 +4,7 @@ use super::model_args::{HubArgs, parse};
 use anyhow::Result;
 use candle_bitnet::train::examples::{ExampleOptions, TrainOn};
 use candle_bitnet::train::finetune::{Batching, FinetuneRecipe};
-use candle_bitnet::train::{ALL_LINEAR, LoraOptions, Masters, Optimization, Schedule};
+use candle_bitnet::train::{ALL_LINEAR, LoraOptions, Masters, Optimization, Precision, Schedule};
 use candle_bitnet::{DEFAULT_CONTEXT, DeviceChoice, Error};
 use clap::{Args as ClapArgs, ValueEnum};
 use std::path::PathBuf;
@@ -233,6 +233,7 @@ impl RecipeArgs {
         let epoch = (per_epoch.ceil() as u64).max(1);
         let o = Optimization::default();
         let optimization = Optimization {
+            precision: Precision::fastest(),
             steps,
             lr: self.lr.unwrap_or(if self.full { 1e-4 } else { 2e-4 }),
             warmup: self.warmup.unwrap_or(steps * 3 / 100),

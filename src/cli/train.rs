@@ -238,8 +238,7 @@ impl RecipeArgs {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     // Before any thread: training keeps every core busy with micro-batches.
-    host::keep_candle_on_the_calling_thread();
-    host::keep_freed_memory();
+    host::prepare_for_training();
     let (device, threads) = device_and_threads(args.device, args.threads)?;
     let run = match args.resume {
         true => Scratch::resume(&args.text, &args.out)?,

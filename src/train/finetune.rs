@@ -1,17 +1,16 @@
 //! Supervised fine-tuning in a directory: a model and examples in, an adapter or a checkpoint of masters out.
 //!
-//! The directory holds `finetune.toml`, `metrics.jsonl` (one object a step or validation), `state.safetensors` (to resume
-//! from), and the best parameters so far by validation, or the last without validation examples: `adapter_config.json` and
+//! The directory holds `finetune.toml`, `metrics.jsonl` (one object a step or validation), `curve.svg`, `state.safetensors`
+//! (to resume from), and the best parameters so far by validation, or the last without validation examples: `adapter_config.json` and
 //! `adapter_model.safetensors` of a LoRA run, `masters/` of a full one. The base's own files are only read.
 
 use super::decoder::Decoder;
+use super::directory::{MASTERS, RunDirectory, Summary};
 use super::examples::{ExampleBatches, ExampleCounts, ExampleOptions, Examples};
 use super::export::write_masters;
 use super::lora::{LoraModel, LoraOptions};
-use super::metrics::MetricsLog;
 use super::parameters::{Masters, Parameters};
-use super::scratch::{MASTERS, METRICS, STATE, Summary};
-use super::trainer::{Data, Event, Optimization, Trainable, Trainer};
+use super::trainer::{Event, Optimization, Trainable, Trainer};
 use crate::backend::Backend;
 use crate::backend::cpu::CpuOptions;
 use crate::checkpoint::adapter::{CONFIG_FILE, write_adapter};
@@ -124,14 +123,13 @@ enum Model {
 #[derive(Debug)]
 pub struct Finetune {
     recipe: FinetuneRecipe,
-    dir: PathBuf,
+    dir: RunDirectory,
     checkpoint: Checkpoint,
     config: ModelConfig,
     model: Model,
     trainable: usize,
     batches: ExampleBatches,
     counts: ExampleCounts,
-    resumed: bool,
 }
 
 impl Finetune {
@@ -152,8 +150,7 @@ impl Finetune {
             return Err(Error::request("output directory", reason));
         }
         let recipe = FinetuneRecipe { fingerprint: format!("{:016x}", examples.fingerprint()), ..recipe.clone() };
-        let run = Self::prepare(base.into(), dir, recipe, examples, false)?;
-        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        let run = Self::prepare(base.into(), || RunDirectory::create(dir), recipe, examples)?;
         write_text(&dir.join(RECIPE), &run.recipe.to_toml()?)?;
         Ok(run)
     }
@@ -168,15 +165,15 @@ impl Finetune {
             let reason = "they are not those that the run began with: another file, model or template";
             return Err(Error::request("examples", reason));
         }
-        Self::prepare(base.into(), dir, recipe, examples, true)
+        Self::prepare(base.into(), || RunDirectory::reopen(dir), recipe, examples)
     }
 
+    /// `dir` is asked for last, when all else is known to be right.
     fn prepare(
         base: ModelFiles,
-        dir: &Path,
+        dir: impl FnOnce() -> Result<RunDirectory>,
         recipe: FinetuneRecipe,
         examples: Examples,
-        resumed: bool,
     ) -> Result<Self> {
         recipe.optimization.check()?;
         let counts = examples.counts;
@@ -203,11 +200,11 @@ impl Finetune {
             }
             None => {
                 refuse_packed(&checkpoint, &config, &recipe.model)?;
-                (Model::Full(Box::new(Decoder::new(&config)?)), config.parameters() as usize)
+                let decoder = Decoder::new(&config)?.with_precision(recipe.optimization.precision);
+                (Model::Full(Box::new(decoder)), config.parameters() as usize)
             }
         };
-        let dir = dir.to_owned();
-        Ok(Self { recipe, dir, checkpoint, config, model, trainable, batches, counts, resumed })
+        Ok(Self { recipe, dir: dir()?, checkpoint, config, model, trainable, batches, counts })
     }
 
     /// The settings.
@@ -250,8 +247,8 @@ impl Finetune {
     /// Where the result is: the adapter's directory, or that of the masters.
     pub fn output(&self) -> PathBuf {
         match self.model {
-            Model::Lora(_) => self.dir.clone(),
-            Model::Full(_) => self.dir.join(MASTERS),
+            Model::Lora(_) => self.dir.path().to_owned(),
+            Model::Full(_) => self.dir.path().join(MASTERS),
         }
     }
 
@@ -273,7 +270,7 @@ impl Finetune {
             }),
             Model::Lora(model) => {
                 let parameters = model.parameters(self.recipe.optimization.seed)?;
-                let export = |p: &Parameters| write_adapter(&self.dir, model.adapter(), model.matrices(p)?);
+                let export = |p: &Parameters| write_adapter(self.dir.path(), model.adapter(), model.matrices(p)?);
                 self.train(&**model, parameters, threads, &export, observe)
             }
             Model::Full(decoder) => {
@@ -292,23 +289,8 @@ impl Finetune {
         export: &dyn Fn(&Parameters) -> Result<()>,
         observe: &mut dyn FnMut(Event<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Summary> {
-        let mut trainer = Trainer::new(model, &self.batches, parameters, self.recipe.optimization, threads)?;
-        let state = self.dir.join(STATE);
-        if self.resumed && state.exists() {
-            trainer = trainer.resume(&state)?;
-        }
-        let mut log = MetricsLog::open(&self.dir.join(METRICS), trainer.progress().step)?;
-        let outcome = trainer.run(Some(&state), &mut |event| {
-            log.record(&event)?;
-            if let Event::Best(parameters) = &event {
-                export(parameters)?;
-            }
-            observe(event)
-        })?;
-        if self.batches.validation().is_empty() || trainer.progress().best.is_none() {
-            export(trainer.parameters())?;
-        }
-        Ok(Summary::of(outcome, trainer.progress()))
+        let trainer = Trainer::new(model, &self.batches, parameters, self.recipe.optimization, threads)?;
+        self.dir.run(trainer, export, observe)
     }
 
     /// A dense tensor of the base, f32 as it is stored.
@@ -332,7 +314,7 @@ impl Finetune {
     /// Writes a checkpoint of masters with the base's tokenizer and text files, so that it is the old one or the new one at
     /// any time.
     fn export_masters(&self, parameters: &Parameters) -> Result<()> {
-        let dir = self.dir.join(MASTERS);
+        let dir = self.dir.path().join(MASTERS);
         std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
         let base = self.checkpoint.source();
         for name in Companions::of(base)?.copied {

@@ -8,6 +8,7 @@ mod bit_linear;
 pub mod corpus;
 mod curve;
 mod decoder;
+mod directory;
 pub mod examples;
 mod export;
 pub mod finetune;

@@ -5,76 +5,37 @@
 //! so far by validation.
 
 use super::corpus::{Corpus, Stream, read_documents, tokenize, windows};
-use super::curve::write_curve;
 use super::decoder::{Batch, Decoder};
+use super::directory::RunDirectory;
+pub use super::directory::{CURVE, MASTERS, METRICS, STATE, Summary};
 use super::export::write_masters;
-use super::metrics::MetricsLog;
 use super::parameters::{Masters, Parameters};
 use super::recipe::Recipe;
-use super::state::Progress;
 use super::tokenizer::{END_OF_TEXT, train_bpe, write_tokenizer};
-use super::trainer::{Data, Event, Outcome, Trainer, Validation, total_loss};
+use super::trainer::{Event, Trainer, total_loss};
 use crate::backend::host;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::{UNFINISHED, check_target, write_text};
+use crate::checkpoint::write::{check_target, write_text};
 use crate::model::config::ModelConfig;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::Serialize;
-use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The settings' file.
 pub const RECIPE: &str = "recipe.toml";
-/// The state's file.
-pub const STATE: &str = "state.safetensors";
-/// The log's file.
-pub const METRICS: &str = "metrics.jsonl";
-/// The curve's file.
-pub const CURVE: &str = "curve.svg";
-/// The directory of the best masters.
-pub const MASTERS: &str = "masters";
-
-/// The file by which a process keeps others out.
-const LOCK: &str = ".lock";
 
 /// A prepared run.
 #[derive(Debug)]
 pub struct Scratch {
     recipe: Recipe,
-    dir: PathBuf,
+    dir: RunDirectory,
     tokenizer: Tokenizer,
     config: ModelConfig,
     decoder: Decoder,
     stream: Stream,
-    resumed: bool,
-    /// Held while this process trains in the directory.
-    lock: Option<File>,
-}
-
-/// What a run came to.
-#[derive(Debug, Clone)]
-pub struct Summary {
-    /// How it ended.
-    pub outcome: Outcome,
-    /// Steps done.
-    pub steps: u64,
-    /// Targets trained on.
-    pub tokens: u64,
-    /// Seconds spent in steps.
-    pub seconds: f64,
-    /// Steps skipped because loss or gradient was not finite.
-    pub skipped: u64,
-    /// The best validation.
-    pub best: Option<Validation>,
-}
-
-impl Summary {
-    pub(super) fn of(outcome: Outcome, p: &Progress) -> Self {
-        Self { outcome, steps: p.step, tokens: p.tokens, seconds: p.seconds, skipped: p.skipped, best: p.best }
-    }
 }
 
 /// How well a text is predicted.
@@ -115,9 +76,7 @@ impl Scratch {
         check_target(dir)?;
         let corpus = Corpus::read(text, recipe.batches.validation)?;
         let tokenizer = train_bpe(&corpus.train, recipe.model.vocab)?;
-        let mut run = Self::prepare(dir, *recipe, tokenizer, &corpus, false)?;
-        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-        run.lock = Some(lock(dir)?);
+        let run = Self::prepare(|| RunDirectory::create(dir), *recipe, tokenizer, &corpus)?;
         write_tokenizer(&run.tokenizer, dir)?;
         write_text(&dir.join(RECIPE), &recipe.to_toml()?)?;
         Ok(run)
@@ -130,14 +89,18 @@ impl Scratch {
     pub fn resume(text: &Path, dir: &Path) -> Result<Self> {
         let recipe = Recipe::read(&dir.join(RECIPE))?;
         recipe.check()?;
-        let lock = lock(dir)?;
-        [dir, &dir.join(MASTERS)].into_iter().for_each(remove_unfinished);
+        let locked = RunDirectory::reopen(dir)?;
         let corpus = Corpus::read(text, recipe.batches.validation)?;
-        let run = Self::prepare(dir, recipe, Tokenizer::from_dir(dir)?, &corpus, true)?;
-        Ok(Self { lock: Some(lock), ..run })
+        Self::prepare(|| Ok(locked), recipe, Tokenizer::from_dir(dir)?, &corpus)
     }
 
-    fn prepare(dir: &Path, recipe: Recipe, tokenizer: Tokenizer, corpus: &Corpus, resumed: bool) -> Result<Self> {
+    /// `dir` is asked for last, when all else is known to be right.
+    fn prepare(
+        dir: impl FnOnce() -> Result<RunDirectory>,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        corpus: &Corpus,
+    ) -> Result<Self> {
         let end = tokenizer.token_to_id(END_OF_TEXT).unwrap_or(0);
         let config = recipe.model.config(end)?;
         let separator = corpus.separate.then_some(end);
@@ -150,7 +113,7 @@ impl Scratch {
         let seed = recipe.optimization.seed;
         let stream = Stream::new(train, m.context, b.sequences, b.micro, seed, &validation, bytes)?;
         let decoder = Decoder::new(&config)?.with_precision(recipe.optimization.precision);
-        Ok(Self { recipe, dir: dir.to_owned(), tokenizer, config, decoder, stream, resumed, lock: None })
+        Ok(Self { recipe, dir: dir()?, tokenizer, config, decoder, stream })
     }
 
     /// The settings.
@@ -188,31 +151,8 @@ impl Scratch {
             self.check_memory(threads)?;
         }
         let parameters = Parameters::random(&self.config, self.recipe.model.masters, device, o.seed)?;
-        let mut trainer = Trainer::new(&self.decoder, &self.stream, parameters, o, threads)?;
-        let state = self.dir.join(STATE);
-        if self.resumed && state.exists() {
-            trainer = trainer.resume(&state)?;
-        }
-        let (metrics, curve) = (self.dir.join(METRICS), self.dir.join(CURVE));
-        let mut log = MetricsLog::open(&metrics, trainer.progress().step)?;
-        let validates = !self.stream.validation().is_empty();
-        let outcome = trainer.run(Some(&state), &mut |event| {
-            log.record(&event)?;
-            match &event {
-                Event::Best(parameters) => self.export(parameters)?,
-                Event::Validated(_) => write_curve(&metrics, &curve)?,
-                _ => {}
-            }
-            observe(event)
-        });
-        // Also of a run that failed: the curve may show why.
-        let drawn = write_curve(&metrics, &curve);
-        let outcome = outcome?;
-        drawn?;
-        if !validates {
-            self.export(trainer.parameters())?;
-        }
-        Ok(Summary::of(outcome, trainer.progress()))
+        let trainer = Trainer::new(&self.decoder, &self.stream, parameters, o, threads)?;
+        self.dir.run(trainer, &|parameters| self.export(parameters), observe)
     }
 
     /// Scores a text that played no part in training with the best masters of this run, in sliding windows of the model's
@@ -231,7 +171,7 @@ impl Scratch {
             return Err(Error::file(text, "too short: there is no token to predict"));
         }
         let bytes = self.tokenizer.decode(&ids[1..], true)?.len();
-        let checkpoint = Checkpoint::open(&self.dir.join(MASTERS))?;
+        let checkpoint = Checkpoint::open(&self.dir.path().join(MASTERS))?;
         let parameters = Parameters::from_checkpoint(&self.config, Masters::F32, device, &checkpoint)?;
         let lambda = self.recipe.optimization.final_lambda();
         let nats = total_loss(&self.decoder, &parameters, lambda, &batches, threads)?;
@@ -253,7 +193,7 @@ impl Scratch {
 
     /// Writes a checkpoint of masters, so that it is the old one or the new one at any time.
     fn export(&self, parameters: &Parameters) -> Result<()> {
-        let dir = self.dir.join(MASTERS);
+        let dir = self.dir.path().join(MASTERS);
         std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
         write_tokenizer(&self.tokenizer, &dir)?;
         let generation = serde_json::json!({
@@ -264,29 +204,6 @@ impl Scratch {
         });
         write_text(&dir.join("generation_config.json"), &format!("{generation:#}\n"))?;
         write_masters(&dir, &self.config, parameters, self.recipe.optimization.quantize)
-    }
-}
-
-/// Two processes must not train in one directory. The system ends the lock with the process, however that ends.
-fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join(LOCK);
-    let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            let reason = format!("another process is training in {}; wait for it, or stop it", dir.display());
-            Err(Error::request("output directory", reason))
-        }
-        // Not every file system has locks.
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
-    }
-}
-
-/// Removes what a killed process was writing. Best effort: such files only take space.
-fn remove_unfinished(dir: &Path) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-            let _ = std::fs::remove_file(entry.path());
-        }
     }
 }
 
