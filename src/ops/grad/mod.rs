@@ -39,7 +39,7 @@ use super::contiguous;
 use crate::backend::cpu::autograd;
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 
-/// What the operands of matrix products are rounded to; sums are f32.
+/// What the operands of matrix products are rounded to on the CPU; sums are f32. Other devices compute in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
