@@ -146,7 +146,7 @@ fn what_makes_no_sense_is_refused() {
         let value: &[&str] = match (words.next(), name.as_str()) {
             (None, _) => &[],
             (_, "--blocks") => &["llama"],
-            (_, "--masters") => &["f32"],
+            (_, "--masters" | "--precision") => &["f32"],
             (_, "--schedule") => &["cosine"],
             _ => &["1"],
         };
