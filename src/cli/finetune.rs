@@ -2,7 +2,7 @@
 
 pub use super::finetune_args::Args;
 use super::print;
-use super::train_progress::{TrainingDisplay, device_and_threads};
+use super::train_progress::{TrainingDisplay, device_and_threads, outcome_name, remarks};
 use anyhow::Result;
 use candle_bitnet::backend::host::prepare_for_training;
 use candle_bitnet::checkpoint::hub::HubOptions;
@@ -170,11 +170,7 @@ fn describe(run: &Finetune, threads: usize) -> String {
 }
 
 fn report(args: &Args, run: &Finetune, s: &Summary, answers: &Answers) -> Result<()> {
-    let outcome = match s.outcome {
-        Outcome::Finished => "finished",
-        Outcome::Stopped => "stopped: no improvement",
-        Outcome::Interrupted => "interrupted",
-    };
+    let outcome = outcome_name(s.outcome);
     let speed = s.tokens as f64 / s.seconds.max(1e-9);
     let (output, c) = (run.output(), run.counts());
     if args.json {
@@ -201,12 +197,7 @@ fn report(args: &Args, run: &Finetune, s: &Summary, answers: &Answers) -> Result
         "{outcome} after {} steps, {} learnt tokens in {:.0} s: {speed:.0} tokens/s\n",
         s.steps, s.tokens, s.seconds
     );
-    if s.skipped > 0 {
-        text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
-    }
-    if let Some(v) = &s.best {
-        text += &format!("best validation at step {}: {:.4} nats a token\n", v.step, v.loss);
-    }
+    text += &remarks(s);
     let out = args.out.display();
     let Some(after) = &answers.after else {
         let data = args.data.display();

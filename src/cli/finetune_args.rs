@@ -1,6 +1,7 @@
 //! The flags of `bitnet finetune`, and the settings that they make.
 
 use super::model_args::{HubArgs, parse};
+use super::train_flags::{ScheduleArg, TypeArg};
 use anyhow::Result;
 use candle_bitnet::train::examples::{ExampleOptions, TrainOn};
 use candle_bitnet::train::finetune::{Batching, FinetuneRecipe};
@@ -110,7 +111,7 @@ pub struct RecipeArgs {
     dropout: Option<f32>,
     /// Type of the masters with --full: f32 or bf16 (half the memory) [default: f32]
     #[arg(long, value_name = "TYPE", value_enum, requires = "full", help_heading = "Method")]
-    masters: Option<MastersArg>,
+    masters: Option<TypeArg>,
 
     /// What is learnt: the assistant's parts, or all [default: assistant]
     #[arg(long, value_name = "PART", value_enum, help_heading = "Examples")]
@@ -176,21 +177,9 @@ pub struct RecipeArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum MastersArg {
-    F32,
-    Bf16,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
 enum TrainOnArg {
     Assistant,
     All,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum ScheduleArg {
-    Cosine,
-    TwoStage,
 }
 
 impl RecipeArgs {
@@ -237,10 +226,7 @@ impl RecipeArgs {
             steps,
             lr: self.lr.unwrap_or(if self.full { 1e-4 } else { 2e-4 }),
             warmup: self.warmup.unwrap_or(steps * 3 / 100),
-            schedule: match self.schedule {
-                Some(ScheduleArg::TwoStage) => Schedule::TwoStage,
-                _ => Schedule::Cosine,
-            },
+            schedule: self.schedule.map_or(Schedule::Cosine, Into::into),
             weight_decay: self.weight_decay.unwrap_or(0.0),
             beta2: self.beta2.unwrap_or(o.beta2),
             clip: self.clip.unwrap_or(o.clip),
@@ -251,10 +237,7 @@ impl RecipeArgs {
             seed: self.seed.unwrap_or(0),
             ..o
         };
-        let masters = match self.masters {
-            Some(MastersArg::Bf16) => Masters::BF16,
-            _ => Masters::F32,
-        };
+        let masters = self.masters.map_or(Masters::F32, Into::into);
         let validation_file = self.validation_file.clone();
         let recipe = FinetuneRecipe::new(model, lora);
         Ok(FinetuneRecipe { validation_file, masters, examples, batches, optimization, ..recipe })

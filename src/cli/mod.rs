@@ -18,6 +18,7 @@ pub mod perplexity;
 mod sampling_args;
 pub mod synth;
 pub mod train;
+mod train_flags;
 mod train_progress;
 
 use anyhow::Context;

@@ -1,13 +1,14 @@
 //! `bitnet train`: a b1.58 model from scratch, from a text file.
 
 use super::print;
-use super::train_progress::{TrainingDisplay, device_and_threads};
+use super::train_flags::{ScheduleArg, TypeArg};
+use super::train_progress::{TrainingDisplay, device_and_threads, outcome_name, remarks};
 use anyhow::Result;
 use candle_bitnet::DeviceChoice;
 use candle_bitnet::backend::cpu::autograd::product_gflops;
 use candle_bitnet::backend::host;
-use candle_bitnet::train::scratch::{MASTERS, Score, Scratch, Summary};
-use candle_bitnet::train::{Blocks, Masters, Outcome, Precision, Recipe, Schedule};
+use candle_bitnet::train::scratch::{HeldOut, MASTERS, Scratch, Summary};
+use candle_bitnet::train::{Blocks, Outcome, Precision, Recipe};
 use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::json;
 use std::path::PathBuf;
@@ -156,18 +157,6 @@ enum BlocksArg {
     Llama,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum TypeArg {
-    F32,
-    Bf16,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum ScheduleArg {
-    TwoStage,
-    Cosine,
-}
-
 fn set<T>(target: &mut T, flag: Option<T>) {
     flag.into_iter().for_each(|value| *target = value);
 }
@@ -191,13 +180,7 @@ impl RecipeArgs {
         set(&mut m.context, self.length);
         m.tied &= !self.untied;
         set(&mut m.rope_theta, self.rope_theta);
-        set(
-            &mut m.masters,
-            self.masters.map(|m| match m {
-                TypeArg::F32 => Masters::F32,
-                TypeArg::Bf16 => Masters::BF16,
-            }),
-        );
+        set(&mut m.masters, self.masters.map(Into::into));
         o.quantize &= !self.dense;
         set(&mut o.steps, self.steps);
         set(&mut b.sequences, self.batch);
@@ -208,24 +191,12 @@ impl RecipeArgs {
         // A warm-up that nobody asked for must not make a short run impossible.
         let warmup = o.warmup.min(o.steps);
         set(&mut o.warmup, self.warmup.or(Some(warmup)));
-        set(
-            &mut o.schedule,
-            self.schedule.map(|s| match s {
-                ScheduleArg::TwoStage => Schedule::TwoStage,
-                ScheduleArg::Cosine => Schedule::Cosine,
-            }),
-        );
+        set(&mut o.schedule, self.schedule.map(Into::into));
         set(&mut o.weight_decay, self.weight_decay);
         set(&mut o.beta1, self.beta1);
         set(&mut o.beta2, self.beta2);
         set(&mut o.clip, self.clip);
-        set(
-            &mut o.precision,
-            self.precision.map(|p| match p {
-                TypeArg::F32 => Precision::F32,
-                TypeArg::Bf16 => Precision::BF16,
-            }),
-        );
+        set(&mut o.precision, self.precision.map(Into::into));
         set(&mut o.dropout, self.dropout);
         set(&mut o.lambda_warmup, self.lambda_warmup);
         set(&mut o.eval_every, self.eval_every);
@@ -258,7 +229,7 @@ pub fn run(args: Args) -> Result<()> {
     let o = run.recipe().optimization;
     let display = TrainingDisplay::start(o.steps)?;
     display.note(&describe(&run, threads)?);
-    let plain = PlainProduct::measure(&run, device.is_cpu().then_some(threads))?;
+    let plain = device.is_cpu().then(|| plain_product(&run, threads)).transpose()?;
     let mut observer = display.observer();
     let summary = run.run(&device, threads, &mut |event| observer(event))?;
     display.finish();
@@ -269,20 +240,11 @@ pub fn run(args: Args) -> Result<()> {
     report(&args, &run, &summary, plain, held_out)
 }
 
-/// What products alone reach on the same threads, in the run's own precision and shapes.
-#[derive(Debug, Clone, Copy)]
-struct PlainProduct {
-    gflops: Option<f64>,
-}
-
-impl PlainProduct {
-    fn measure(run: &Scratch, threads: Option<usize>) -> Result<Self> {
-        let (m, r) = (run.recipe().model, run.recipe());
-        let bf16 = r.optimization.precision == Precision::BF16;
-        let rows = r.batches.micro * m.context;
-        let gflops = threads.map(|threads| product_gflops(rows, 2 * m.intermediate, m.hidden, threads, bf16));
-        Ok(Self { gflops: gflops.transpose()? })
-    }
+/// GFLOP/s of products alone on the threads of a CPU, in the run's own precision and shapes.
+fn plain_product(run: &Scratch, threads: usize) -> candle_bitnet::Result<f64> {
+    let (m, r) = (run.recipe().model, run.recipe());
+    let bf16 = r.optimization.precision == Precision::BF16;
+    product_gflops(r.batches.micro * m.context, 2 * m.intermediate, m.hidden, threads, bf16)
 }
 
 /// What is about to be trained.
@@ -299,12 +261,8 @@ fn describe(run: &Scratch, threads: usize) -> Result<String> {
     ))
 }
 
-fn report(args: &Args, run: &Scratch, s: &Summary, plain: PlainProduct, held_out: Option<Score>) -> Result<()> {
-    let outcome = match s.outcome {
-        Outcome::Finished => "finished",
-        Outcome::Stopped => "stopped: no improvement",
-        Outcome::Interrupted => "interrupted",
-    };
+fn report(args: &Args, run: &Scratch, s: &Summary, plain: Option<f64>, held_out: Option<HeldOut>) -> Result<()> {
+    let outcome = outcome_name(s.outcome);
     let speed = s.tokens as f64 / s.seconds.max(1e-9);
     // Two operations forward and four backward for each weight that multiplies; attention's own products are left out.
     let c = run.config();
@@ -319,10 +277,10 @@ fn report(args: &Args, run: &Scratch, s: &Summary, plain: PlainProduct, held_out
                 "seconds": s.seconds,
                 "tokens_per_second": speed,
                 "gflops": gflops,
-            "plain_product_gflops": plain.gflops,
+                "plain_product_gflops": plain,
                 "skipped_steps": s.skipped,
                 "validation": s.best,
-            "held_out_bits_per_byte": held_out.map(|h| h.bits_per_byte()),
+                "held_out_bits_per_byte": held_out.map(|h| h.bits_per_byte()),
                 "parameters": c.parameters(),
                 "masters": args.out.join(MASTERS),
             })
@@ -334,21 +292,15 @@ fn report(args: &Args, run: &Scratch, s: &Summary, plain: PlainProduct, held_out
         s.steps,
         s.tokens,
         s.seconds,
-        plain.gflops.map_or(String::new(), |p| format!("; a plain product alone reaches {p:.1}")),
+        plain.map_or(String::new(), |p| format!("; a plain product alone reaches {p:.1}")),
     );
-    if s.skipped > 0 {
-        text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
-    }
-    if let Some(v) = &s.best {
-        let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"));
-        text += &format!("best validation at step {}: {:.4} nats a token{bits}\n", v.step, v.loss);
-    }
+    text += &remarks(s);
     if let (Some(h), Some(path)) = (held_out, &args.held_out) {
         text += &format!(
             "{}: {:.4} bits per byte ({} tokens, {} bytes)\n",
             path.display(),
             h.bits_per_byte(),
-            h.tokens,
+            h.score.tokens,
             h.bytes
         );
     }

@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use candle_bitnet::backend::host;
-use candle_bitnet::train::Event;
+use candle_bitnet::train::scratch::Summary;
+use candle_bitnet::train::{Event, Outcome, Validation};
 use candle_bitnet::{DeviceChoice, Error, select_device};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -24,6 +25,32 @@ pub fn device_and_threads(choice: DeviceChoice, threads: Option<usize>) -> Resul
     }
     let threads = if device.is_cpu() { threads.unwrap_or_else(host::physical_cores) } else { 1 };
     Ok((device, threads))
+}
+
+/// How a run ended, for reports.
+pub fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Finished => "finished",
+        Outcome::Stopped => "stopped: no improvement",
+        Outcome::Interrupted => "interrupted",
+    }
+}
+
+/// Lines about skipped steps and the best validation, where there were any.
+pub fn remarks(s: &Summary) -> String {
+    let mut text = String::new();
+    if s.skipped > 0 {
+        text += &format!("{} steps were skipped, their loss or gradient not finite\n", s.skipped);
+    }
+    if let Some(v) = &s.best {
+        text += &format!("best validation at step {}: {:.4} nats a token{}\n", v.step, v.loss, bits_per_byte(v));
+    }
+    text
+}
+
+/// A validation's bits per byte after a comma, if they are known.
+fn bits_per_byte(v: &Validation) -> String {
+    v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"))
 }
 
 /// A line on standard error. Whether anybody reads it must not decide whether training goes on.
@@ -96,7 +123,7 @@ impl TrainingDisplay {
                     note(&bar, format!("step {step} skipped: its loss is {loss}, or its gradient is not finite"));
                 }
                 Event::Validated(v) => {
-                    let bits = v.bits_per_byte.map_or(String::new(), |b| format!(", {b:.4} bits per byte"));
+                    let bits = bits_per_byte(v);
                     let best = if v.best { ", the best so far" } else { "" };
                     note(&bar, format!("step {}: validation {:.4} nats a token{bits}{best}", v.step, v.loss));
                 }

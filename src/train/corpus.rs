@@ -243,11 +243,18 @@ impl Stream {
     }
 }
 
-/// FNV-1a over the tokens of several streams and their lengths, a token at a time.
+/// FNV-1a's start.
+pub(super) const FNV_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a, a word at a time.
+pub(super) fn fnv(hash: u64, word: u64) -> u64 {
+    (hash ^ word).wrapping_mul(0x0100_0000_01b3)
+}
+
+/// A hash over the tokens of several streams and their lengths.
 fn fingerprint<const N: usize>(streams: [&[u32]; N]) -> u64 {
-    let add = |hash: u64, word: u64| (hash ^ word).wrapping_mul(0x0100_0000_01b3);
-    streams.iter().fold(0xcbf2_9ce4_8422_2325, |hash, tokens| {
-        tokens.iter().fold(add(hash, tokens.len() as u64), |hash, t| add(hash, u64::from(*t)))
+    streams.iter().fold(FNV_BASIS, |hash, tokens| {
+        tokens.iter().fold(fnv(hash, tokens.len() as u64), |hash, t| fnv(hash, u64::from(*t)))
     })
 }
 

@@ -13,6 +13,7 @@ pub use batches::ExampleBatches;
 pub use encode::{Example, PromptFormat};
 pub use lines::{MAX_MESSAGES, Sample, read_samples};
 
+use super::corpus::{FNV_BASIS, fnv};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -162,13 +163,11 @@ impl Examples {
 
     /// A number that changes with any token of any example, to recognise the data by.
     pub fn fingerprint(&self) -> u64 {
-        // FNV-1a.
-        let mix = |hash: u64, value: u64| (hash ^ value).wrapping_mul(0x100_0000_01b3);
         let one = |hash: u64, e: &Example| {
             let tokens = e.ids.iter().zip(&e.learnt).map(|(id, learnt)| u64::from(*id) << 1 | u64::from(*learnt));
-            tokens.fold(mix(hash, e.ids.len() as u64), mix)
+            tokens.fold(fnv(hash, e.ids.len() as u64), fnv)
         };
-        let start = mix(0xcbf2_9ce4_8422_2325, self.train.len() as u64);
+        let start = fnv(FNV_BASIS, self.train.len() as u64);
         self.train.iter().chain(&self.validation).fold(start, one)
     }
 }

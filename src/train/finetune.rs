@@ -9,8 +9,9 @@ use super::directory::{MASTERS, RunDirectory, Summary};
 use super::examples::{ExampleBatches, ExampleCounts, ExampleOptions, Examples};
 use super::export::write_masters;
 use super::lora::{LoraModel, LoraOptions};
+use super::optimization::Optimization;
 use super::parameters::{Masters, Parameters};
-use super::trainer::{Event, Optimization, Trainable, Trainer};
+use super::trainer::{Event, Trainable, Trainer};
 use crate::backend::Backend;
 use crate::backend::cpu::CpuOptions;
 use crate::checkpoint::adapter::{CONFIG_FILE, write_adapter};
@@ -20,7 +21,7 @@ use crate::model::CheckpointWeights;
 use crate::model::config::{Mode, ModelConfig};
 use crate::model::convert::Companions;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::io::Read;
 use std::ops::ControlFlow;
@@ -274,8 +275,8 @@ impl Finetune {
                 self.train(&**model, parameters, threads, &export, observe)
             }
             Model::Full(decoder) => {
-                let read = |name: &str, dims: &[usize]| self.master(name, dims);
-                let parameters = Parameters::from_values(&self.config, self.recipe.masters, device, read)?;
+                let (config, masters) = (&self.config, self.recipe.masters);
+                let parameters = Parameters::from_checkpoint(config, masters, device, &self.checkpoint)?;
                 self.train(&**decoder, parameters, threads, &|p| self.export_masters(p), observe)
             }
         }
@@ -291,24 +292,6 @@ impl Finetune {
     ) -> Result<Summary> {
         let trainer = Trainer::new(model, &self.batches, parameters, self.recipe.optimization, threads)?;
         self.dir.run(trainer, export, observe)
-    }
-
-    /// A dense tensor of the base, f32 as it is stored.
-    fn master(&self, name: &str, dims: &[usize]) -> Result<Tensor> {
-        let values = match dims {
-            [len] => self.checkpoint.vector(name, *len)?,
-            [rows, cols] => {
-                let view = self.checkpoint.dense(name, *rows, *cols)?;
-                let values = view.to_f32();
-                view.release();
-                if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-                    return Err(Error::tensor(view.file.path(), name, format!("value {at} is {}", values[at])));
-                }
-                values
-            }
-            _ => return Err(Error::Shape { op: "parameters", reason: format!("{name} of {dims:?}") }),
-        };
-        Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
     }
 
     /// Writes a checkpoint of masters with the base's tokenizer and text files, so that it is the old one or the new one at

@@ -153,7 +153,7 @@ impl Parameters {
     /// The masters of a checkpoint.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for one that is missing, packed, or of another shape.
+    /// [`Error::Tensor`] for one that is missing, packed, of another shape, or not finite.
     pub fn from_checkpoint(
         config: &ModelConfig,
         masters: Masters,
@@ -162,7 +162,15 @@ impl Parameters {
     ) -> Result<Self> {
         Self::from_values(config, masters, device, |name, dims| {
             let values = match *dims {
-                [rows, cols] => checkpoint.dense(name, rows, cols)?.to_f32(),
+                [rows, cols] => {
+                    let view = checkpoint.dense(name, rows, cols)?;
+                    let values = view.to_f32();
+                    view.release();
+                    if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                        return Err(Error::tensor(view.file.path(), name, format!("value {at} is {}", values[at])));
+                    }
+                    values
+                }
                 _ => checkpoint.vector(name, dims.iter().product())?,
             };
             Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)

@@ -1,7 +1,7 @@
 //! A run's settings as one TOML file.
 
+use super::optimization::Optimization;
 use super::parameters::Masters;
-use super::trainer::Optimization;
 use crate::backend::attention::AttentionShape;
 use crate::checkpoint::ScaleStyle;
 use crate::model::config::{

@@ -16,11 +16,11 @@ use super::trainer::{Event, Trainer, total_loss};
 use crate::backend::host;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{check_target, write_text};
+use crate::evaluate::Score;
 use crate::model::config::ModelConfig;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use candle_core::Device;
-use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -38,21 +38,19 @@ pub struct Scratch {
     stream: Stream,
 }
 
-/// How well a text is predicted.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Score {
-    /// Cross-entropy of its tokens, nats.
-    pub nats: f64,
-    /// Tokens that were scored: all but the first.
-    pub tokens: usize,
+/// How well a text that played no part in training is predicted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HeldOut {
+    /// The score of its tokens, all but the first.
+    pub score: Score,
     /// Bytes that they stand for.
     pub bytes: usize,
 }
 
-impl Score {
+impl HeldOut {
     /// Bits a byte.
     pub fn bits_per_byte(&self) -> f64 {
-        self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64
+        self.score.bits_per_byte(self.bytes)
     }
 }
 
@@ -160,7 +158,7 @@ impl Scratch {
     ///
     /// # Errors
     /// Those of [`read_documents`], and if there are no masters yet.
-    pub fn evaluate(&self, text: &Path, device: &Device, threads: usize) -> Result<Score> {
+    pub fn evaluate(&self, text: &Path, device: &Device, threads: usize) -> Result<HeldOut> {
         let documents = read_documents(text)?;
         let separator = (documents.len() > 1).then(|| self.config.eos_tokens.first().copied()).flatten();
         let ids = tokenize(&self.tokenizer, &documents, separator)?;
@@ -174,8 +172,9 @@ impl Scratch {
         let checkpoint = Checkpoint::open(&self.dir.path().join(MASTERS))?;
         let parameters = Parameters::from_checkpoint(&self.config, Masters::F32, device, &checkpoint)?;
         let lambda = self.recipe.optimization.final_lambda();
-        let nats = total_loss(&self.decoder, &parameters, lambda, &batches, threads)?;
-        Ok(Score { nats, tokens, bytes })
+        let nll_nats = total_loss(&self.decoder, &parameters, lambda, &batches, threads)?;
+        let windows = batches.iter().map(|b| b.tokens.len() / b.length).sum();
+        Ok(HeldOut { score: Score { nll_nats, tokens, windows }, bytes })
     }
 
     /// Parameters, moments, effective weights, and gradients of every thread: what a run needs beside activations.

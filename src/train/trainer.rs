@@ -4,24 +4,20 @@
 //! gradients are added in order, so the same bits come out whatever the number of threads, interrupted or not.
 
 use super::decoder::{Batch, Decoder, Prepared, Regularization};
-use super::optimizer::{AdamW, AdamWOptions};
+use super::in_order::in_order;
+use super::optimization::Optimization;
+use super::optimizer::AdamW;
 use super::parameters::Parameters;
-use super::schedule::Schedule;
 use super::state::{self, Progress};
-use crate::ops::grad::{self, Precision};
 use crate::{Error, Result};
 use candle_core::{Tensor, backprop::GradStore};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Consecutive steps without a finite loss after which a run is given up.
 pub const MAX_BAD_STEPS: u64 = 10;
-
-/// Most steps of a run.
-pub const MAX_STEPS: u64 = 1_000_000_000;
 
 /// What a run trains: parameters to a loss with gradients.
 pub trait Trainable: Sync {
@@ -116,114 +112,6 @@ pub trait Data: Sync {
     /// leaves that unchecked.
     fn fingerprint(&self) -> Option<u64> {
         None
-    }
-}
-
-/// How a run goes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Optimization {
-    /// Steps of the whole run.
-    pub steps: u64,
-    /// Peak of the learning rate.
-    pub lr: f64,
-    /// Steps over which it rises linearly from zero.
-    pub warmup: u64,
-    /// How it develops afterwards.
-    pub schedule: Schedule,
-    /// Decoupled weight decay of the ternary layers' masters.
-    pub weight_decay: f64,
-    /// AdamW's decay of the first moment.
-    pub beta1: f64,
-    /// AdamW's decay of the second moment.
-    pub beta2: f64,
-    /// AdamW's epsilon.
-    pub eps: f64,
-    /// Largest norm of the mean gradient.
-    pub clip: f64,
-    /// What the operands of matrix products are rounded to.
-    pub precision: Precision,
-    /// Dropout of the embedding and of what each layer adds to the residual stream.
-    pub dropout: f32,
-    /// Steps over which the quantisers are mixed in linearly; 0: from the start.
-    pub lambda_warmup: u64,
-    /// Whether to quantise at all; false trains a dense model of the same shape.
-    pub quantize: bool,
-    /// Steps from one validation to the next; 0: only at the end.
-    pub eval_every: u64,
-    /// Steps from one saved state to the next; 0: only at the end.
-    pub save_every: u64,
-    /// Validations without improvement after which the run stops; 0: never.
-    pub patience: u64,
-    /// Seed of everything random.
-    pub seed: u64,
-}
-
-impl Default for Optimization {
-    fn default() -> Self {
-        let adamw = AdamWOptions::default();
-        Self {
-            steps: 1000,
-            lr: 2e-3,
-            warmup: 100,
-            schedule: Schedule::TwoStage,
-            weight_decay: 0.1,
-            beta1: adamw.beta1,
-            beta2: adamw.beta2,
-            eps: adamw.eps,
-            clip: adamw.clip,
-            precision: Precision::F32,
-            dropout: 0.0,
-            lambda_warmup: 0,
-            quantize: true,
-            eval_every: 100,
-            save_every: 100,
-            patience: 0,
-            seed: 0,
-        }
-    }
-}
-
-impl Optimization {
-    /// # Errors
-    /// [`Error::Request`] naming the setting that makes no sense.
-    pub fn check(&self) -> Result<()> {
-        let bad = |name: &str, value: &dyn std::fmt::Display, expected: &str| {
-            Err(Error::request(name, format!("{value} is out of range: {expected}")))
-        };
-        let positive = |x: f64| x.is_finite() && x > 0.0;
-        match self {
-            s if !(1..=MAX_STEPS).contains(&s.steps) => bad("steps", &s.steps, "1 to 1000000000"),
-            s if s.warmup > s.steps => bad("warmup", &s.warmup, "at most the number of steps"),
-            s if !positive(s.lr) || s.lr > 10.0 => bad("lr", &s.lr, "above 0, at most 10"),
-            s if !(0.0..=10.0).contains(&s.weight_decay) => bad("weight_decay", &s.weight_decay, "0 to 10"),
-            s if !(0.0..1.0).contains(&s.beta1) => bad("beta1", &s.beta1, "0 to below 1"),
-            s if !(0.0..1.0).contains(&s.beta2) => bad("beta2", &s.beta2, "0 to below 1"),
-            s if !positive(s.eps) => bad("eps", &s.eps, "above 0"),
-            s if !positive(s.clip) => bad("clip", &s.clip, "above 0"),
-            s if !(0.0..1.0).contains(&s.dropout) => bad("dropout", &s.dropout, "0 to below 1"),
-            // What is validated and exported is fully quantised, so the run must get there.
-            s if s.lambda_warmup > s.steps => bad("lambda_warmup", &s.lambda_warmup, "at most the number of steps"),
-            _ => Ok(()),
-        }
-    }
-
-    fn adamw(&self) -> AdamWOptions {
-        AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, clip: self.clip }
-    }
-
-    /// The part by which the quantisers are mixed in when all is done: what a model is judged by.
-    pub fn final_lambda(&self) -> f32 {
-        if self.quantize { 1.0 } else { 0.0 }
-    }
-
-    /// The part by which the quantisers are mixed in at a step.
-    pub fn lambda(&self, step: u64) -> f32 {
-        match (self.quantize, self.lambda_warmup) {
-            (false, _) => 0.0,
-            (true, warmup) if step >= warmup => 1.0,
-            (true, warmup) => (step as f64 / warmup as f64) as f32,
-        }
     }
 }
 
@@ -515,109 +403,4 @@ pub fn total_loss<M: Trainable>(
         Ok((f64::from(loss.to_scalar::<f32>()?), Vec::new()))
     })?;
     Ok(sums.map_or(f64::NAN, |(loss, _)| loss))
-}
-
-/// A loss and its gradients.
-type Sums = (f64, Vec<Tensor>);
-
-/// Runs `work` for each index on `threads` threads and adds the results in the order of the indices.
-fn in_order(threads: usize, count: usize, work: impl Fn(usize) -> Result<Sums> + Sync) -> Result<Option<Sums>> {
-    struct Shared {
-        next: usize,
-        turn: usize,
-        sums: Option<Sums>,
-        error: Option<Error>,
-    }
-    let shared = Mutex::new(Shared { next: 0, turn: 0, sums: None, error: None });
-    let turned = Condvar::new();
-    let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-    let add = |sums: &mut Option<Sums>, (loss, gradients): Sums| -> Result<()> {
-        let Some((total, all)) = sums else {
-            *sums = Some((loss, gradients));
-            return Ok(());
-        };
-        *total += loss;
-        for (sum, gradient) in all.iter_mut().zip(gradients) {
-            *sum = grad::accumulate(sum, &gradient)?;
-        }
-        Ok(())
-    };
-    /// A worker that unwinds would leave the others waiting for its turn.
-    struct OnPanic<'a>(&'a Mutex<Shared>, &'a Condvar);
-    impl Drop for OnPanic<'_> {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                shared.error.get_or_insert_with(|| Error::Training("a worker panicked".into()));
-                self.1.notify_all();
-            }
-        }
-    }
-    let worker = || {
-        let _guard = OnPanic(&shared, &turned);
-        loop {
-            let index = {
-                let mut s = lock();
-                if s.error.is_some() || s.next == count {
-                    return;
-                }
-                s.next += 1;
-                s.next - 1
-            };
-            let result = work(index);
-            let mut s = lock();
-            while s.turn != index && s.error.is_none() {
-                s = turned.wait(s).unwrap_or_else(PoisonError::into_inner);
-            }
-            if s.error.is_none() {
-                let mut sums = s.sums.take();
-                match result.and_then(|r| add(&mut sums, r)) {
-                    Ok(()) => s.sums = sums,
-                    Err(e) => s.error = Some(e),
-                }
-                s.turn += 1;
-            }
-            turned.notify_all();
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads.min(count) {
-            scope.spawn(worker);
-        }
-        worker();
-    });
-    let s = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
-    match s.error {
-        Some(e) => Err(e),
-        None => Ok(s.sums),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-
-    #[test]
-    fn results_are_added_in_order_and_failures_end_the_wait() {
-        let delayed = |i: usize| {
-            std::thread::sleep(Duration::from_millis(8 - i as u64));
-            // Sums that depend on their order.
-            let value = [1e8f32, 1.0, -1e8, 1.0, 3.0, 1e8, 0.5][i];
-            Ok((f64::from(value), vec![Tensor::new(value, &candle_core::Device::Cpu)?]))
-        };
-        let sum = |threads| {
-            let (loss, tensors) = in_order(threads, 7, delayed).unwrap().unwrap();
-            (loss, tensors[0].to_scalar::<f32>().unwrap())
-        };
-        let one = sum(1);
-        assert_eq!((sum(2), sum(3), sum(9)), (one, one, one));
-        assert!(in_order(3, 0, delayed).unwrap().is_none());
-        for threads in 1..5 {
-            let failing = |i| if i == 2 { Err(Error::Training("two".into())) } else { delayed(i) };
-            assert_eq!(in_order(threads, 7, failing).unwrap_err().to_string(), "training: two");
-            let panicking = |i| if i == 2 { panic!("two") } else { delayed(i) };
-            assert!(catch_unwind(AssertUnwindSafe(|| in_order(threads, 7, panicking).map(drop))).is_err());
-        }
-    }
 }

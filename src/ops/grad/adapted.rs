@@ -149,11 +149,7 @@ impl CustomOp3 for Adapted {
     fn bwd(&self, h: &Tensor, a: &Tensor, b: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Gradients> {
         let mut dh = vec![0.0; if h.track_op() { h.elem_count() } else { 0 }];
         let (mut da, mut db) = (vec![0.0; a.elem_count()], vec![0.0; b.elem_count()]);
-        with_values(h, |hs| {
-            with_values(a, |a| {
-                with_values(b, |b| with_values(dy, |dy| self.backward(hs, a, b, dy, [&mut dh, &mut da, &mut db])))
-            })
-        })?;
+        with_values([h, a, b, dy], |[h, a, b, dy]| self.backward(h, a, b, dy, [&mut dh, &mut da, &mut db]))?;
         let dh = h.track_op().then(|| tensor_like(dh, h)).transpose()?;
         Ok((dh, Some(tensor_like(da, a)?), Some(tensor_like(db, b)?)))
     }

@@ -13,16 +13,38 @@ use std::sync::Arc;
 /// # Errors
 /// Of candle, if shapes or types do not fit or `rope` has fewer than `length` positions.
 pub fn attention(qkv: &Tensor, shape: AttentionShape, rope: &Arc<RopeTable>) -> Result<Tensor> {
-    let (sequences, length, width) = qkv.dims3()?;
-    if width != shape.qkv_dim() || length > rope.positions() || sequences * length == 0 {
-        let positions = rope.positions();
-        candle_core::bail!("attention: {:?} for rows of {} at {positions} positions", qkv.dims(), shape.qkv_dim());
-    }
+    let (sequences, length) = check(qkv, shape, rope)?;
     if !qkv.device().is_cpu() {
         return composed::attention(qkv, shape, rope);
     }
     require_f32("attention", qkv)?;
     qkv.contiguous()?.apply_op1(Attention { shape, rope: Arc::clone(rope), sequences, length })
+}
+
+/// Sequences and their length, if the shapes fit.
+pub(super) fn check(qkv: &Tensor, shape: AttentionShape, rope: &RopeTable) -> Result<(usize, usize)> {
+    let (sequences, length, width) = qkv.dims3()?;
+    if width != shape.qkv_dim() || length > rope.positions() || sequences * length == 0 {
+        let positions = rope.positions();
+        candle_core::bail!("attention: {:?} for rows of {} at {positions} positions", qkv.dims(), shape.qkv_dim());
+    }
+    Ok((sequences, length))
+}
+
+/// The gradient at `qkv` `[sequences, length, q | k | v]`, where attention gave `out`.
+pub(super) fn gradient(
+    qkv: &Tensor,
+    shape: AttentionShape,
+    rope: &RopeTable,
+    out: &Tensor,
+    dout: &Tensor,
+) -> Result<Tensor> {
+    let mut dqkv = vec![0.0; qkv.elem_count()];
+    let length = qkv.dim(1)?;
+    with_values([qkv, out, dout], |[x, y, dy]| {
+        Ok(autograd::attention_backward(x, shape, rope, length, y, dy, &mut dqkv)?)
+    })?;
+    tensor_like(dqkv, qkv)
 }
 
 struct Attention {
@@ -45,14 +67,6 @@ impl CustomOp1 for Attention {
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
-        let mut dqkv = vec![0.0; qkv.elem_count()];
-        with_values(qkv, |x| {
-            with_values(out, |y| {
-                with_values(dout, |dy| {
-                    Ok(autograd::attention_backward(x, self.shape, &self.rope, self.length, y, dy, &mut dqkv)?)
-                })
-            })
-        })?;
-        tensor_like(dqkv, qkv).map(Some)
+        gradient(qkv, self.shape, &self.rope, out, dout).map(Some)
     }
 }

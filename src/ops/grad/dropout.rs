@@ -43,7 +43,7 @@ impl CustomOp1 for Dropout {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
-        with_values(dy, |dy| {
+        with_values([dy], |[dy]| {
             autograd::dropout(dy, self.p, self.seed, &mut dx);
             Ok(())
         })?;

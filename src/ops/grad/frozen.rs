@@ -124,7 +124,7 @@ impl CustomOp1 for FrozenLinear {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
-        with_values(dy, |dy| self.weight.input_gradient(dy, &mut dx))?;
+        with_values([dy], |[dy]| self.weight.input_gradient(dy, &mut dx))?;
         tensor_like(dx, x).map(Some)
     }
 }

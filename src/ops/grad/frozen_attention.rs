@@ -1,9 +1,9 @@
 //! Causal self-attention whose forward pass is inference's own kernel, so that an adapter is trained on exactly the
 //! values that it will meet.
 
-use super::{f32_storage, require_f32, tensor_like, with_values};
+use super::attention::{check, gradient};
+use super::{f32_storage, require_f32};
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
-use crate::backend::cpu::autograd;
 use crate::backend::{Backend, DenseType, KvLayer};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
@@ -20,11 +20,7 @@ pub fn frozen_attention(
     rope: &Arc<RopeTable>,
 ) -> Result<Tensor> {
     require_f32("frozen attention", qkv)?;
-    let (sequences, length, width) = qkv.dims3()?;
-    if width != shape.qkv_dim() || length > rope.positions() || sequences * length == 0 {
-        let positions = rope.positions();
-        candle_core::bail!("attention: {:?} for rows of {} at {positions} positions", qkv.dims(), shape.qkv_dim());
-    }
+    let (sequences, length) = check(qkv, shape, rope)?;
     let (backend, rope) = (backend.clone(), Arc::clone(rope));
     qkv.contiguous()?.apply_op1(FrozenAttention { backend, shape, rope, sequences, length })
 }
@@ -53,14 +49,6 @@ impl CustomOp1 for FrozenAttention {
     }
 
     fn bwd(&self, qkv: &Tensor, out: &Tensor, dout: &Tensor) -> Result<Option<Tensor>> {
-        let mut dqkv = vec![0.0; qkv.elem_count()];
-        with_values(qkv, |x| {
-            with_values(out, |y| {
-                with_values(dout, |dy| {
-                    Ok(autograd::attention_backward(x, self.shape, &self.rope, self.length, y, dy, &mut dqkv)?)
-                })
-            })
-        })?;
-        tensor_like(dqkv, qkv).map(Some)
+        gradient(qkv, self.shape, &self.rope, out, dout).map(Some)
     }
 }

@@ -1,7 +1,7 @@
 //! A frozen output head and its cross-entropy as one operation: logits exist for a few rows at a time, and only for those
 //! that have a target.
 
-use super::{FrozenWeight, f32_storage, require_f32, tensor_like, with_values};
+use super::{FrozenWeight, f32_storage, require_f32, tensor_like};
 use crate::backend::cpu::autograd;
 use crate::backend::{Backend, DenseWeight};
 use crate::ops::contiguous;
@@ -82,7 +82,7 @@ impl CustomOp1 for FrozenCrossEntropy {
     }
 
     fn bwd(&self, hidden: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
-        let weight = with_values(d, |d| Ok(d.first().copied().unwrap_or_default()))?;
+        let weight = d.to_scalar::<f32>()?;
         let cols = self.head.cols();
         let gradient = self.gradient.lock().unwrap_or_else(PoisonError::into_inner);
         let mut dx = vec![0.0; hidden.elem_count()];

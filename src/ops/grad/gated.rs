@@ -42,11 +42,9 @@ impl CustomOp1 for Gated {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = vec![0.0; x.elem_count()];
-        with_values(x, |xs| {
-            with_values(dy, |dy| {
-                autograd::gated_backward(self.gate, xs, self.cols, dy, &mut dx);
-                Ok(())
-            })
+        with_values([x, dy], |[x, dy]| {
+            autograd::gated_backward(self.gate, x, self.cols, dy, &mut dx);
+            Ok(())
         })?;
         tensor_like(dx, x).map(Some)
     }

@@ -132,22 +132,22 @@ impl CustomOp2 for Linear {
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let tokens = x.elem_count() / self.inputs;
-        with_values(dy, |dy| {
+        with_values([x, weight, dy], |[xs, w, dy]| {
             let dx = match x.track_op() {
                 false => None,
-                true => with_values(weight, |w| {
+                true => {
                     let mut dx = vec![0.0; x.elem_count()];
                     self.input_gradient(dy, w, tokens, &mut dx)?;
-                    tensor_like(dx, x).map(Some)
-                })?,
+                    Some(tensor_like(dx, x)?)
+                }
             };
             let dw = match weight.track_op() {
                 false => None,
-                true => with_values(x, |xs| {
+                true => {
                     let mut dw = vec![0.0; weight.elem_count()];
                     self.with_inputs(xs, |xs| Ok(self.weight_gradient(dy, xs, tokens, &mut dw)?))?;
-                    tensor_like(dw, weight).map(Some)
-                })?,
+                    Some(tensor_like(dw, weight)?)
+                }
             };
             Ok((dx, dw))
         })

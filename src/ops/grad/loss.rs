@@ -6,8 +6,10 @@ use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
 use std::sync::{Mutex, PoisonError};
 
-/// Logits that are held at a time.
+/// Logits that are held at a time, unless that is less than [`MIN_ROWS`] rows.
 const CHUNK_LOGITS: usize = 1 << 20;
+/// Rows for which the head is read at least: with fewer, a large one would be read for next to no work.
+const MIN_ROWS: usize = 64;
 
 /// Sum over all tokens of the cross-entropy, in nats, between `softmax(hidden · headᵀ)` and the target ids; a token whose
 /// target is `None` does not count. `hidden` is f32 `[tokens, cols]`, `head` f32 `[vocab, cols]`; the result is a scalar.
@@ -89,7 +91,7 @@ impl CustomOp2 for CrossEntropy {
         let (vocab, cols) = (self.vocab, self.cols);
         let mut dhidden = vec![0.0; if self.wanted.hidden { hidden.len() } else { 0 }];
         let mut dhead = vec![0.0; if self.wanted.head { head.len() } else { 0 }];
-        let chunk = (CHUNK_LOGITS / vocab).clamp(1, self.targets.len());
+        let chunk = (CHUNK_LOGITS / vocab).max(MIN_ROWS).min(self.targets.len());
         let mut logits = vec![0.0; chunk * vocab];
         let head = Matrix::new(head, vocab, cols, cols)?;
         let mut loss = 0.0;

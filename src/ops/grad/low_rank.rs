@@ -60,25 +60,19 @@ impl CustomOp3 for LowRank {
         let mut da = vec![0.0; rank * cols];
         let mut db = vec![0.0; rows * rank];
         let mut dh = vec![0.0; if h.track_op() { tokens * cols } else { 0 }];
-        with_values(h, |h| {
-            with_values(a, |a| {
-                with_values(b, |b| {
-                    with_values(dy, |dy| {
-                        let (h, a) = (Matrix::new(h, tokens, cols, cols)?, Matrix::new(a, rank, cols, cols)?);
-                        let dy = Matrix::new(dy, tokens, rows, rows)?;
-                        let (mut inner, mut dinner) = (vec![0.0; tokens * rank], vec![0.0; tokens * rank]);
-                        matmul(h, a.t(), scaling, &mut inner, rank, false)?;
-                        matmul(dy.t(), Matrix::new(&inner, tokens, rank, rank)?, 1.0, &mut db, rank, false)?;
-                        matmul(dy, Matrix::new(b, rows, rank, rank)?, scaling, &mut dinner, rank, false)?;
-                        let dinner = Matrix::new(&dinner, tokens, rank, rank)?;
-                        matmul(dinner.t(), h, 1.0, &mut da, cols, false)?;
-                        if !dh.is_empty() {
-                            matmul(dinner, a, 1.0, &mut dh, cols, false)?;
-                        }
-                        Ok(())
-                    })
-                })
-            })
+        with_values([h, a, b, dy], |[h, a, b, dy]| {
+            let (h, a) = (Matrix::new(h, tokens, cols, cols)?, Matrix::new(a, rank, cols, cols)?);
+            let dy = Matrix::new(dy, tokens, rows, rows)?;
+            let (mut inner, mut dinner) = (vec![0.0; tokens * rank], vec![0.0; tokens * rank]);
+            matmul(h, a.t(), scaling, &mut inner, rank, false)?;
+            matmul(dy.t(), Matrix::new(&inner, tokens, rank, rank)?, 1.0, &mut db, rank, false)?;
+            matmul(dy, Matrix::new(b, rows, rank, rank)?, scaling, &mut dinner, rank, false)?;
+            let dinner = Matrix::new(&dinner, tokens, rank, rank)?;
+            matmul(dinner.t(), h, 1.0, &mut da, cols, false)?;
+            if !dh.is_empty() {
+                matmul(dinner, a, 1.0, &mut dh, cols, false)?;
+            }
+            Ok(())
         })?;
         let dh = h.track_op().then(|| tensor_like(dh, h)).transpose()?;
         Ok((dh, Some(tensor_like(da, a)?), Some(tensor_like(db, b)?)))

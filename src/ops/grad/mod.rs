@@ -57,14 +57,18 @@ impl Precision {
     }
 }
 
-/// Calls `f` with the elements of a contiguous f32 tensor on the CPU.
-fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(cpu) => f(contiguous(cpu, layout)?),
-        _ => candle_core::bail!("a gradient on another device than the CPU"),
+/// Calls `f` with the elements of f32 tensors on the CPU.
+fn with_values<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
+    let tensors = tensors.into_iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
+    let held: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
+    let mut values: [&[f32]; N] = [&[]; N];
+    for (values, (storage, layout)) in values.iter_mut().zip(&held) {
+        *values = match &**storage {
+            Storage::Cpu(cpu) => contiguous(cpu, layout)?,
+            _ => candle_core::bail!("a gradient on another device than the CPU"),
+        };
     }
+    f(values)
 }
 
 /// A CPU tensor of the shape of `like`.

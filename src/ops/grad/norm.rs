@@ -38,13 +38,9 @@ impl CustomOp2 for RmsNorm {
 
     fn bwd(&self, x: &Tensor, weight: &Tensor, _: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (mut dx, mut dweight) = (vec![0.0; x.elem_count()], vec![0.0; weight.elem_count()]);
-        with_values(x, |xs| {
-            with_values(weight, |ws| {
-                with_values(dy, |dy| {
-                    autograd::rms_norm_backward(xs, ws, self.eps, dy, &mut dx, &mut dweight);
-                    Ok(())
-                })
-            })
+        with_values([x, weight, dy], |[x, weight, dy]| {
+            autograd::rms_norm_backward(x, weight, self.eps, dy, &mut dx, &mut dweight);
+            Ok(())
         })?;
         Ok((Some(tensor_like(dx, x)?), Some(tensor_like(dweight, weight)?)))
     }
