@@ -18,14 +18,17 @@
 #include "../cuda/sample.cu"
 
 #include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
 namespace {
 
+// A call with its arguments read now, as cuLaunchKernel reads them: it may run later.
 template <class... P, size_t... I>
 std::function<void()> make_call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
-    return [=] { kernel(*static_cast<std::remove_cv_t<P>*>(arguments[I])...); };
+    std::tuple<std::remove_cv_t<P>...> values(*static_cast<std::remove_cv_t<P>*>(arguments[I])...);
+    return [=] { std::apply(kernel, values); };
 }
 template <class... P>
 std::function<void()> make_call(void (*kernel)(P...), void** arguments) {
