@@ -5,13 +5,16 @@
 
 pub mod activation;
 pub mod attention;
+mod batch;
 pub mod cpu;
 mod dense_type;
 pub mod host;
 mod layout;
+mod rope;
 mod select;
 
+pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
-pub use layout::LayoutId;
-pub(crate) use select::not_built;
+pub use layout::{Arrangement, LayoutId};
+pub use rope::Rope;
 pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, LowRankWeight, TernaryWeight, select_device};
