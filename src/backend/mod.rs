@@ -4,13 +4,17 @@
 //! code of the crate is in this room.
 
 pub mod activation;
+mod arrangement;
 pub mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dense_type;
 pub mod host;
 mod layout;
 mod select;
 
+pub use arrangement::Arrangement;
 pub use dense_type::DenseType;
 pub use layout::LayoutId;
 pub(crate) use select::not_built;
