@@ -1,0 +1,310 @@
+//! Rotary embedding, the KV cache and attention.
+//!
+//! One token of each sequence goes through one kernel, cut into runs of positions; more go through one that rotates and
+//! stores, then one that attends, on the matrix units where cache, head size and chip allow it.
+//!
+//! ```text
+//! cache of a layer, keys and values alike: [slot][position][kv head][head_dim]
+//! ```
+
+use super::launch::{Launch, arg};
+use super::params::{AttentionParams, PrefillParams};
+use super::{Chip, Cuda, CudaBatch, CudaSlice, CudaView, CudaViewMut, failure, int, plan, shape};
+use crate::backend::DenseType;
+use crate::backend::attention::{AttentionShape, RopeTable};
+use crate::{Error, Result};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One layer's keys and values of all slots in device memory.
+#[derive(Debug)]
+pub struct CudaKv {
+    id: u64,
+    dtype: DenseType,
+    shape: AttentionShape,
+    slots: usize,
+    positions: usize,
+    keys: CudaSlice<u8>,
+    values: CudaSlice<u8>,
+}
+
+impl CudaKv {
+    /// Zeroed room for `slots` sequences of `positions` tokens each.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for heads that no kernel takes, [`Error::Unavailable`] if memory is short.
+    pub fn new(cuda: &Cuda, dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        check_heads(shape)?;
+        let size = [slots, positions, shape.kv_heads, shape.head_dim, dtype.size()];
+        let size = size.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
+        let what = "the KV cache of a layer";
+        let size = size.ok_or_else(|| failure::out_of_memory(&cuda.stream, what, usize::MAX))?;
+        int("KV cache", "positions", positions)?;
+        let (keys, values) = (cuda.zeroed(size, what)?, cuda.zeroed(size, what)?);
+        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), dtype, shape, slots, positions, keys, values })
+    }
+
+    /// A number that no other cache of this process has or will have.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Stored type.
+    pub fn dtype(&self) -> DenseType {
+        self.dtype
+    }
+
+    /// Heads.
+    pub fn shape(&self) -> AttentionShape {
+        self.shape
+    }
+
+    /// Sequences.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Positions of a sequence.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Bytes of keys and values.
+    pub fn bytes(&self) -> usize {
+        self.keys.len() + self.values.len()
+    }
+}
+
+fn check_heads(heads: AttentionShape) -> Result<()> {
+    if heads.head_dim == 0 || !heads.head_dim.is_multiple_of(4) || heads.head_dim > AttentionShape::MAX_HEAD_DIM {
+        let reason = format!(
+            "the CUDA kernels need a head_dim that is a multiple of 4 and at most {}, not {}; use --device cpu",
+            AttentionShape::MAX_HEAD_DIM,
+            heads.head_dim
+        );
+        return Err(shape("attention", reason));
+    }
+    Ok(())
+}
+
+/// The angles of the rotary embedding in device memory, f32 `[positions, head_dim / 2]` each.
+#[derive(Debug)]
+pub struct CudaRope {
+    positions: usize,
+    half_dim: usize,
+    cos: CudaSlice<f32>,
+    sin: CudaSlice<f32>,
+}
+
+impl CudaRope {
+    /// Uploads a table.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn new(cuda: &Cuda, table: &RopeTable) -> Result<Self> {
+        let (cos, sin) = table.tables();
+        let what = "the rotary embedding";
+        let (cos, sin) = (cuda.upload(cos, what)?, cuda.upload(sin, what)?);
+        Ok(Self { positions: table.positions(), half_dim: table.half_dim(), cos, sin })
+    }
+
+    /// Positions in the table.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Half the rotated elements of a head.
+    pub fn half_dim(&self) -> usize {
+        self.half_dim
+    }
+}
+
+/// The kernels for a cache type: decode, rotate and store, prefill in f32.
+fn kernels(dtype: DenseType) -> [&'static str; 3] {
+    match dtype {
+        DenseType::F32 => ["bitnet_decode_attention_f32", "bitnet_rope_write_f32", "bitnet_prefill_attention_f32"],
+        DenseType::F16 => ["bitnet_decode_attention_f16", "bitnet_rope_write_f16", "bitnet_prefill_attention_f16"],
+        DenseType::BF16 => ["bitnet_decode_attention_bf16", "bitnet_rope_write_bf16", "bitnet_prefill_attention_bf16"],
+    }
+}
+
+/// How a prefill attends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Prefill {
+    kernel: &'static str,
+    /// Queries of a block.
+    queries: usize,
+    shared: usize,
+}
+
+/// The matrix units where they can be had, else f32.
+fn prefill(chip: &Chip, dtype: DenseType, head_dim: usize) -> Prefill {
+    let matrix = match (dtype, head_dim) {
+        (DenseType::BF16, 64) => Some("bitnet_prefill_attention_mma_bf16_64"),
+        (DenseType::BF16, 96) => Some("bitnet_prefill_attention_mma_bf16_96"),
+        (DenseType::BF16, 128) => Some("bitnet_prefill_attention_mma_bf16_128"),
+        (DenseType::BF16, 256) => Some("bitnet_prefill_attention_mma_bf16_256"),
+        (DenseType::F16, 64) => Some("bitnet_prefill_attention_mma_f16_64"),
+        (DenseType::F16, 96) => Some("bitnet_prefill_attention_mma_f16_96"),
+        (DenseType::F16, 128) => Some("bitnet_prefill_attention_mma_f16_128"),
+        (DenseType::F16, 256) => Some("bitnet_prefill_attention_mma_f16_256"),
+        _ => None,
+    };
+    let shared = plan::matrix_attention_shared(head_dim).filter(|s| chip.is_ampere() && chip.fits(*s, 1));
+    match matrix.zip(shared) {
+        Some((kernel, shared)) => Prefill { kernel, queries: 64, shared },
+        None => {
+            let [_, _, kernel] = kernels(dtype);
+            Prefill { kernel, queries: 32, shared: plan::prefill_attention_shared(head_dim) }
+        }
+    }
+}
+
+impl Cuda {
+    /// Rotates queries and keys of f32 `qkv` `[tokens, q | k | v]`, appends keys and values to the cache, and attends to
+    /// positions 0 … each token's own: f32 `out` `[tokens, heads · head_dim]`.
+    ///
+    /// `qkv` is scratch: a prefill rotates its queries in place, so its contents are not to be used afterwards.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] for a position outside the cache or the table, [`Error::Shape`] for operands that do not
+    /// fit, [`Error::Unavailable`] for what fails on the device.
+    pub fn attention(
+        &self,
+        heads: AttentionShape,
+        qkv: &CudaView<'_, f32>,
+        batch: &CudaBatch,
+        rope: &CudaRope,
+        kv: &mut CudaKv,
+        out: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        const OP: &str = "attention";
+        let (tokens, extent) = (batch.len(), batch.extent());
+        let fits = kv.shape == heads
+            && 2 * rope.half_dim == heads.head_dim
+            && extent.slots <= kv.slots
+            && tokens.checked_mul(heads.qkv_dim()) == Some(qkv.len())
+            && tokens.checked_mul(heads.heads * heads.head_dim) == Some(out.len());
+        if !fits {
+            let reason = format!(
+                "{tokens} tokens in slots below {}, {heads:?}, {} elements of qkv, {} of output, a cache of {} slots with \
+                 {:?}, angles for a head of {}",
+                extent.slots,
+                qkv.len(),
+                out.len(),
+                kv.slots,
+                kv.shape,
+                2 * rope.half_dim
+            );
+            return Err(shape(OP, reason));
+        }
+        let available = kv.positions.min(rope.positions);
+        if extent.longest > available {
+            return Err(Error::ContextFull { needed: extent.longest, available });
+        }
+        if tokens == 0 {
+            return Ok(());
+        }
+        let [positions, slots, starts] = batch.row_addresses(self);
+        let mut params = AttentionParams {
+            qkv: self.read(qkv),
+            cos: self.read(&rope.cos),
+            sin: self.read(&rope.sin),
+            positions,
+            slots,
+            k_cache: self.write(&mut kv.keys),
+            v_cache: self.write(&mut kv.values),
+            out: self.write(out),
+            partial: 0,
+            arrived: 0,
+            tokens: int(OP, "tokens", tokens)?,
+            heads: int(OP, "heads", heads.heads)?,
+            kv_heads: int(OP, "heads", heads.kv_heads)?,
+            head_dim: int(OP, "elements of a head", heads.head_dim)?,
+            max_positions: int(OP, "positions", kv.positions)?,
+            splits: 1,
+            scale: heads.scale(),
+        };
+        let [decode, rope_write, _] = kernels(kv.dtype);
+        let row = heads.kv_heads * heads.head_dim * kv.dtype.size();
+        if batch.decode() {
+            let splits = plan::splits(batch.bucket(), tokens);
+            let blocks = plan::decode_attention_blocks(heads.heads, heads.kv_heads);
+            let scratch = &mut *self.scratch();
+            // Room for any number of runs of up to 8 tokens, so that longer sequences do not move it.
+            let most = (tokens * splits).max(plan::splits(usize::MAX, 1) * plan::DECODE_TOKENS);
+            let partial = most.saturating_mul(heads.heads * (heads.head_dim + 2));
+            params.partial = scratch.partial.address(self, partial, "partial attention")?;
+            let counters = tokens.max(plan::DECODE_TOKENS) * blocks;
+            params.arrived = scratch.arrived.address(self, counters, "attention counters")?;
+            params.splits = int(OP, "runs", splits)?;
+            let bytes: usize = batch.rows().iter().map(|r| 2 * (r.position + 1) * row).sum();
+            let launch = Launch::new(decode, (blocks, splits, tokens), 128)
+                .shared(plan::decode_attention_shared(heads.head_dim))
+                .bytes(bytes);
+            // SAFETY: the kernel takes one AttentionParams; the check above found qkv and out as large as the tokens, all
+            // slots and positions inside cache and table; the scratch holds a partial result for each token, head and
+            // run, and counters that are zero.
+            return unsafe { self.launch(launch, &mut [arg(&params)]) };
+        }
+        let launch = Launch::new(rope_write, (tokens, 1, 1), 256)
+            .bytes(tokens * (2 * (heads.heads + heads.kv_heads) + heads.kv_heads) * heads.head_dim * size_of::<f32>());
+        // SAFETY: AttentionParams and the address of qkv again; sizes as checked above. Rotating through an address that
+        // came from a shared view breaks no rule of Rust: device memory is none of its objects, and the stream orders
+        // everything that reads it.
+        unsafe { self.launch(launch, &mut [arg(&params), arg(&params.qkv)]) }?;
+        let plan = prefill(&self.chip, kv.dtype, heads.head_dim);
+        let grid = (extent.longest_run.div_ceil(plan.queries), heads.heads, extent.sequences);
+        let sequences = int(OP, "sequences", extent.sequences)?;
+        let params = PrefillParams { attention: params, starts, sequences };
+        let ends = batch.rows().iter().filter(|r| r.position + 1 == extent.longest).count().max(1);
+        let bytes = 2 * extent.longest * row * ends + 2 * out.len() * size_of::<f32>();
+        let launch = Launch::new(plan.kernel, grid, 128).shared(plan.shared).bytes(bytes);
+        // SAFETY: the kernel takes one PrefillParams; as above, and `starts` holds the first token of each of `sequences`
+        // sequences and their end.
+        unsafe { self.launch(launch, &mut [arg(&params)]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::chip::tests::chip;
+    use super::super::images::known;
+    use super::*;
+
+    #[test]
+    fn matrix_units_where_they_can_be_had() {
+        for compute in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)] {
+            let chip = chip(compute);
+            for dtype in [DenseType::F32, DenseType::F16, DenseType::BF16] {
+                for head_dim in (4..=256).step_by(4) {
+                    let plan = prefill(&chip, dtype, head_dim);
+                    assert!(known(plan.kernel).is_some(), "{}", plan.kernel);
+                    // 7.5 has no room for heads of more than 224 in a prefill.
+                    assert!(plan.shared <= chip.shared_per_block || (compute == (7, 5) && head_dim > 224));
+                    let matrix = plan.kernel.contains("mma");
+                    let form = matches!(head_dim, 64 | 96 | 128 | 256) && dtype != DenseType::F32;
+                    let room = head_dim != 256 || chip.shared_per_block >= 133_120;
+                    assert_eq!(matrix, form && room && compute >= (8, 0), "{compute:?} {dtype} {head_dim}");
+                    assert_eq!(plan.queries, if matrix { 64 } else { 32 });
+                    if matrix {
+                        assert_eq!(plan.kernel, format!("bitnet_prefill_attention_mma_{dtype}_{head_dim}"));
+                    }
+                }
+                for kernel in kernels(dtype) {
+                    assert!(known(kernel).is_some() && kernel.ends_with(dtype.name()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn heads_that_no_kernel_takes_are_refused_by_their_number() {
+        let heads = |head_dim| AttentionShape { heads: 2, kv_heads: 1, head_dim };
+        assert!(check_heads(heads(80)).is_ok());
+        for bad in [0, 6, 260] {
+            let message = check_heads(heads(bad)).unwrap_err().to_string();
+            assert!(message.contains(&format!("not {bad}")), "{message}");
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Finding and opening a GPU. Without a driver or a GPU these return; they never panic.
+
+use super::failure;
+use crate::{Error, Result};
+use candle_core::Device;
+use candle_core::cuda_backend::cudarc::driver::CudaContext;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// How many GPUs the driver shows to this process; 0 without a driver.
+pub fn count() -> usize {
+    devices().unwrap_or(0)
+}
+
+/// Opens a GPU as a candle device with a stream of its own and without event tracking: all work of such a device is in one
+/// stream, and events would make a captured graph wait for what was not captured.
+///
+/// # Errors
+/// [`Error::Unavailable`] without a driver or such a GPU, saying what was found, or if the driver refuses a context.
+pub fn open(ordinal: usize) -> Result<Device> {
+    let found = devices()?;
+    let what = || format!("GPU {ordinal}");
+    if ordinal >= found {
+        let there = match found {
+            0 => "the driver shows no GPU to this process (see nvidia-smi and CUDA_VISIBLE_DEVICES)".to_owned(),
+            1 => "the driver shows one GPU, number 0".to_owned(),
+            n => format!("the driver shows {n} GPUs, numbers 0 to {}", n - 1),
+        };
+        return Err(failure::unavailable(what(), format!("{there}; use --device cpu or another number")));
+    }
+    let device = guarded(|| Device::new_cuda_with_stream(ordinal))?;
+    let device = device.map_err(|e| failure::unavailable(what(), format!("candle could not open it: {e}")))?;
+    if let Device::Cuda(cuda) = &device {
+        // SAFETY: candle allocates, uses and frees all memory of this device in its one stream, so the order of the
+        // stream is all the synchronization that is needed.
+        unsafe { cuda.disable_event_tracking() };
+    }
+    Ok(device)
+}
+
+/// The number of GPUs.
+fn devices() -> Result<usize> {
+    let count = guarded(CudaContext::device_count)?;
+    let count = count.map_err(|e| failure::unavailable("CUDA", failure::text(e)))?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// Runs calls into the driver. A build that links the driver gets errors from all of them; one that loads it at run time
+/// (cudarc's `dynamic-loading`, which another crate of a program can turn on) panics where there is no driver.
+fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| Error::Unavailable {
+        what: "CUDA".into(),
+        reason: "the driver's library (libcuda.so.1, nvcuda.dll) cannot be loaded; install the NVIDIA driver or use \
+                 --device cpu"
+            .into(),
+    })
+}

@@ -1,0 +1,78 @@
+//! Memory that operations use between two kernels: kept, and grown where a call needs more.
+//!
+//! Whoever launches kernels over it holds the lock until the last of them is launched; the stream does the rest.
+
+use super::{Cuda, failure};
+use crate::Result;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
+use std::sync::atomic::Ordering;
+
+/// All kept memory of a [`Cuda`].
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// int8 codes of activations, rows padded to whole tiles.
+    pub codes: Buffer<i8>,
+    /// Their scales.
+    pub scales: Buffer<f32>,
+    /// Their sums.
+    pub sums: Buffer<i32>,
+    /// Partial results of split attention.
+    pub partial: Buffer<f32>,
+    /// Blocks of split attention that have arrived; zero between launches.
+    pub arrived: Buffer<u32>,
+    /// A dense product's result on its way into wider rows.
+    pub columns: Buffer<f32>,
+    /// The inner vectors of low-rank updates.
+    pub inner: Buffer<f32>,
+    /// Row numbers from the host.
+    pub rows: Buffer<i32>,
+}
+
+/// Memory that grows.
+pub(super) struct Buffer<T>(Option<CudaSlice<T>>);
+
+impl<T> Default for Buffer<T> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
+    /// The memory, `len` elements or more; zeroed when it grows, with nothing kept.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unavailable`] if memory is short, or must not move because a graph is being captured.
+    pub(super) fn at_least(&mut self, cuda: &Cuda, len: usize, what: &str) -> Result<&mut CudaSlice<T>> {
+        if self.0.as_ref().is_none_or(|m| m.len() < len) {
+            if cuda.capturing.load(Ordering::Relaxed) {
+                return Err(failure::unavailable(what, "it would have to grow while a graph is being captured"));
+            }
+            // The old memory first: kernels that still use it come before its release in the stream.
+            self.0 = None;
+            cuda.generation.fetch_add(1, Ordering::Relaxed);
+            self.0 = Some(cuda.zeroed(grown(len), what)?);
+        }
+        self.0.as_mut().ok_or_else(|| failure::unavailable(what, "it was not allocated"))
+    }
+
+    /// The address of `len` elements or more; see [`Buffer::at_least`].
+    pub(super) fn address(&mut self, cuda: &Cuda, len: usize, what: &str) -> Result<u64> {
+        let memory = self.at_least(cuda, len, what)?;
+        Ok(cuda.write(memory))
+    }
+}
+
+/// A little more than is needed, so that growing prompts do not move it every time.
+fn grown(len: usize) -> usize {
+    len.saturating_add(len / 4).max(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn growth_is_bounded() {
+        assert_eq!(super::grown(0), 1024);
+        assert_eq!(super::grown(4000), 5000);
+        assert_eq!(super::grown(usize::MAX), usize::MAX);
+    }
+}
