@@ -32,10 +32,11 @@ pub fn norm_linear(
     let Output { tensor, first_column, add } = out;
     let eps = norm.map_or(0.0, |(_, eps)| eps);
     let op = NormLinear { backend, weight, eps, width, first_column, add };
-    Ok(match norm {
-        None => tensor.inplace_op2(x, &op)?,
-        Some((norm, _)) => tensor.inplace_op3(x, norm, &op)?,
-    })
+    let applied = match norm {
+        None => tensor.inplace_op2(x, &op),
+        Some((norm, _)) => tensor.inplace_op3(x, norm, &op),
+    };
+    Ok(applied?)
 }
 
 /// `act(gate) · up` with `[gate | up]` as [`norm_linear`] computes it: replaces f32 `out` `[tokens, rows / 2]`.
@@ -54,10 +55,11 @@ pub fn gated_linear(
     let tokens = check(NAME, weight, Arrangement::GateUp, x, norm)?;
     expect(NAME, "output", out, tokens, weight.rows() / 2)?;
     let op = GatedLinear { backend, gate, weight, eps: norm.map_or(0.0, |(_, eps)| eps) };
-    Ok(match norm {
-        None => out.inplace_op2(x, &op)?,
-        Some((norm, _)) => out.inplace_op3(x, norm, &op)?,
-    })
+    let applied = match norm {
+        None => out.inplace_op2(x, &op),
+        Some((norm, _)) => out.inplace_op3(x, norm, &op),
+    };
+    Ok(applied?)
 }
 
 /// The tokens, if the operands fit.
