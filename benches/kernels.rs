@@ -2,8 +2,9 @@
 //!
 //! `cargo bench --bench kernels`; weights are spread over more memory than the caches hold.
 
+use candle_bitnet::backend::Arrangement;
 use candle_bitnet::backend::activation::{QuantizedRows, row_stride};
-use candle_bitnet::backend::cpu::{Cpu, CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
+use candle_bitnet::backend::cpu::{Cpu, CpuOptions, KernelKind, OutputColumns, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::model::config::Projection;
 use candle_bitnet::model::presets::{Preset, SyntheticWeights};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -37,7 +38,7 @@ fn kernels(c: &mut Criterion) {
             let cpu = Cpu::new(CpuOptions { kernel: Some(kernel), ..options }).expect("an available kernel");
             let pack = |layer| {
                 let gate_up = [Projection::Gate, Projection::Up].map(|p| weights.linear(layer, p).expect("weights"));
-                cpu.pack(&gate_up).expect("a weight")
+                cpu.pack(&gate_up, Arrangement::Stacked).expect("a weight")
             };
             let packed: Vec<_> = (0..COPIES).map(pack).collect();
             let (rows, cols) = (packed[0].rows(), packed[0].cols());
@@ -50,7 +51,7 @@ fn kernels(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new("gemv", format!("{rows}x{cols}")), |b| {
                 b.iter(|| {
                     next = (next + 1) % COPIES;
-                    cpu.linear(&packed[next], &x, None, &mut out).expect("shapes fit");
+                    cpu.linear(&packed[next], &x, OutputColumns::whole(&mut out, rows)).expect("shapes fit");
                 });
             });
             let bytes = quantized(&cpu, cols, TOKENS);
@@ -58,7 +59,7 @@ fn kernels(c: &mut Criterion) {
             let mut out = vec![0.0; TOKENS * rows];
             group.throughput(Throughput::Elements((rows * cols * TOKENS) as u64));
             group.bench_function(BenchmarkId::new("gemm", format!("{rows}x{cols}x{TOKENS}")), |b| {
-                b.iter(|| cpu.linear(&packed[0], &x, None, &mut out).expect("shapes fit"));
+                b.iter(|| cpu.linear(&packed[0], &x, OutputColumns::whole(&mut out, rows)).expect("shapes fit"));
             });
             group.finish();
         }

@@ -8,7 +8,9 @@ use crate::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
-use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource};
+use crate::model::{
+    AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource, read_logits,
+};
 use crate::nn::KvCache;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
@@ -411,26 +413,13 @@ impl LanguageModel for BitNet {
 
     fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
         let sequence = Sequence { slot: 0, position: self.position, tokens };
-        let logits = self.loaded.decoder.forward(&[sequence], &self.cache, Logits::Last)?;
+        let (decoder, cache, out) = (&self.loaded.decoder, &self.cache, &mut self.logits);
+        decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read_logits(logits, out))?;
         self.position += tokens.len();
-        read_into(&logits, &mut self.logits)?;
         Ok(&self.logits)
     }
 
     fn truncate(&mut self, position: usize) {
         self.position = self.position.min(position);
     }
-}
-
-/// Copies a tensor's values into a buffer that is kept between tokens.
-fn read_into(tensor: &candle_core::Tensor, out: &mut Vec<f32>) -> Result<()> {
-    let (storage, layout) = tensor.storage_and_layout();
-    if let (candle_core::Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
-        out.clear();
-        out.extend_from_slice(&cpu.as_slice::<f32>()?[start..end]);
-        return Ok(());
-    }
-    drop(storage);
-    *out = tensor.flatten_all()?.to_vec1()?;
-    Ok(())
 }

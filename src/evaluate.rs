@@ -141,7 +141,7 @@ pub fn score(
             if pieces.is_empty() {
                 break;
             }
-            decoder.forward(&pieces, &cache, Logits::Last)?;
+            decoder.forward_with(&pieces, &cache, Logits::Last, |_| Ok(()))?;
             pieces.iter().for_each(|piece| group[piece.slot].done += piece.tokens.len());
         }
         let mut scored = score.tokens;
@@ -150,9 +150,10 @@ pub fn score(
             if pieces.is_empty() {
                 break;
             }
-            let logits = decoder.forward(&pieces, &cache, Logits::All)?;
             let targets: Vec<u32> = pieces.iter().flat_map(|p| group[p.slot].next_targets(p.tokens.len())).collect();
-            let nll = negative_log_likelihoods(decoder.backend().cpu().pool(), &logits, &targets)?;
+            let pool = decoder.backend().cpu().pool();
+            let read = |logits: &Tensor| negative_log_likelihoods(pool, logits, &targets);
+            let nll = decoder.forward_with(&pieces, &cache, Logits::All, read)?;
             let mut nll = nll.as_slice();
             for piece in &pieces {
                 let (own, others) = nll.split_at(piece.tokens.len());

@@ -1,7 +1,8 @@
 //! The token stream, driven by a model that says what it is told to.
 
 use candle_bitnet::generate::{
-    FinishReason, GenerateOptions, GenerationDefaults, LanguageModel, PREFILL_CHUNK, Piece, TokenStream, common_prefix,
+    FinishReason, GenerateOptions, GenerationDefaults, LanguageModel, MarksHeld, PREFILL_CHUNK, Piece, Sampled,
+    Sampler, TokenStream, common_prefix,
 };
 use candle_bitnet::text::{ChatTemplate, Tokenizer};
 use candle_bitnet::{Error, Result};
@@ -321,6 +322,111 @@ fn same_seed_same_tokens() {
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));
+}
+
+/// A model that draws far away, where the logits are: it follows the sequence's marks and gives back ids.
+struct Device {
+    far: Scripted,
+    marks: Vec<u32>,
+    held: MarksHeld,
+    fed: Vec<usize>,
+    drawn: Vec<usize>,
+    fetched: usize,
+    unsound: bool,
+}
+
+impl Device {
+    fn new(script: &[u32], prompt: usize) -> Self {
+        Self {
+            far: Scripted::new(script, prompt),
+            marks: vec![7; VOCAB],
+            held: MarksHeld::default(),
+            fed: vec![],
+            drawn: vec![],
+            fetched: 0,
+            unsound: false,
+        }
+    }
+}
+
+impl LanguageModel for Device {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn context_length(&self) -> usize {
+        self.far.context
+    }
+
+    fn position(&self) -> usize {
+        self.far.position()
+    }
+
+    fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.fetched += 1;
+        self.far.advance(tokens)
+    }
+
+    fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.fed.push(tokens.len());
+        self.far.feed(tokens)
+    }
+
+    fn draw(&mut self, tokens: &[u32], sampler: &mut Sampler) -> Result<Sampled> {
+        let Some(plan) = sampler.on_device() else {
+            return sampler.sample(self.advance(tokens)?);
+        };
+        assert_eq!(plan.draw, self.drawn.len() as u64);
+        self.drawn.push(tokens.len());
+        if plan.has_penalties() {
+            let mut changed = vec![];
+            if sampler.marks_since(&mut self.held, &mut changed) {
+                self.marks.fill(0);
+            }
+            changed.iter().for_each(|m| self.marks[m.token as usize] = m.mark);
+        }
+        let logits = self.far.advance(tokens)?;
+        let best = (0..VOCAB).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0) as i32;
+        match sampler.drawn(if self.unsound { -1 } else { best }) {
+            Some(sampled) => Ok(sampled),
+            None => sampler.sample(&[f32::NAN; VOCAB]),
+        }
+    }
+
+    fn truncate(&mut self, position: usize) {
+        self.far.truncate(position);
+    }
+}
+
+#[test]
+fn a_device_draws_in_the_samplers_place() {
+    let ids = script("hi, hi!");
+    let prompt = vec![7; PREFILL_CHUNK + 3];
+    let mut model = Device::new(&ids, prompt.len());
+    let start = |model: &mut Device, options: GenerateOptions| {
+        let params = options.resolve(&GenerationDefaults::default(), VOCAB).unwrap();
+        TokenStream::new(model, tokenizer(), &prompt, params).unwrap().collect_all()
+    };
+    let generation = start(&mut model, options().repetition_penalty(1.1)).unwrap();
+    assert_eq!((generation.text.as_str(), generation.tokens.as_slice()), ("hi, hi!", ids.as_slice()));
+    assert_eq!(model.fed, [PREFILL_CHUNK]);
+    assert_eq!(model.drawn, [&[3][..], &vec![1; ids.len() - 1]].concat());
+    assert_eq!(model.fetched, 0, "no logits travel");
+    // At the last draw the device knew the prompt and the answer but its last token.
+    let mut want = vec![0u32; VOCAB];
+    want[7] = 1 << 31;
+    for &id in &ids[..ids.len() - 1] {
+        want[id as usize] = (want[id as usize] | 1 << 31) + 1;
+    }
+    assert_eq!(model.marks, want);
+    // What only the host can do, it does; long prompts are still fed without logits.
+    (model.drawn, model.fed) = (vec![], vec![]);
+    assert_eq!(start(&mut model, options().logprobs(true)).unwrap().logprobs.len(), ids.len());
+    assert_eq!((model.fetched, model.drawn.len(), model.fed.len()), (ids.len(), 0, 1));
+    // A device that finds no sound maximum says so, and the sampler names it.
+    model.unsound = true;
+    let error = start(&mut model, options()).unwrap_err();
+    assert!(error.to_string().contains("token 0 is NaN"), "{error}");
 }
 
 #[test]

@@ -26,7 +26,9 @@ struct GemmParams {
     int activation;
 };
 
-static_assert(sizeof(GemmParams) == 96, "the host mirrors this struct");
+static_assert(sizeof(GemmParams) == 88 && offsetof(GemmParams, scales) == 40 && offsetof(GemmParams, tokens) == 68 &&
+                  offsetof(GemmParams, activation) == 84,
+              "the host mirrors this struct");
 
 enum GemmEpilogue : int { kGemmPlain, kGemmResidual, kGemmGated };
 constexpr int kGemmRowTiles = 8;
@@ -117,15 +119,28 @@ __device__ __forceinline__ void gemm_body(const GemmParams& p) {
         }
     }
 
+    // The stages are done with: factors [kTokens][kSegments] and sums of codes [kTokens] take their place.
+    sync_block();
+    Factor* factors = reinterpret_cast<Factor*>(shared);
+    int* sums = reinterpret_cast<int*>(factors + kTokens * kSegments);
+    for (int i = thread; i < kTokens * kSegments; i += 256) {
+        int at = i / kSegments, token = token0 + at;
+        if (token >= p.tokens) break;
+        factors[i] = factor(multiplier(p.scales, i % kSegments), load_fresh(p.sx + token));
+        if (i % kSegments == 0) sums[at] = load_fresh(p.qsum + token);
+    }
+#if BITNET_BUG != 15
+    sync_block();
+#endif
     int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            int token = token0 + warp_token * (kTokens / 2) + n * 8 + t * 2 + e;
+            int at = warp_token * (kTokens / 2) + n * 8 + t * 2 + e, token = token0 + at;
             if (token >= p.tokens) continue;
-            float sx = load_fresh(p.sx + token);
-            int sum = load_fresh(p.qsum + token);
+            const Factor* f = factors + at * kSegments;
+            int sum = sums[at];
             float* out = p.out + (long long)token * p.ld_out;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -133,15 +148,14 @@ __device__ __forceinline__ void gemm_body(const GemmParams& p) {
                 if (kEpilogue == kGemmGated) {
                     int row = tile * 8 + g;
                     if (row >= p.n) continue;
-                    float gate = dequantise(acc[r][n][e] - sum, sx, p.scales.value[0], p.scales.divide);
-                    float up = dequantise(acc[r][n][2 + e] - sum, sx, p.scales.value[1], p.scales.divide);
+                    float gate = dequantise(acc[r][n][e] - sum, f[0]), up = dequantise(acc[r][n][2 + e] - sum, f[1]);
                     out[row] = gated(gate, up, p.activation);
                 } else {
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         int row = tile * 16 + h * 8 + g;
                         if (row >= p.n) continue;
-                        float y = dequantise(acc[r][n][2 * h + e] - sum, sx, segment_scale(p.scales, row), p.scales.divide);
+                        float y = dequantise(acc[r][n][2 * h + e] - sum, f[segment(p.scales, row)]);
                         out[row] = kEpilogue == kGemmResidual ? add_rn(out[row], y) : y;
                     }
                 }

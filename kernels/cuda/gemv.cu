@@ -23,7 +23,9 @@ struct GemvParams {
     int activation;
 };
 
-static_assert(sizeof(GemvParams) == 112, "the host mirrors this struct");
+static_assert(sizeof(GemvParams) == 112 && offsetof(GemvParams, scales) == 56 && offsetof(GemvParams, eps) == 84 &&
+                  offsetof(GemvParams, tokens) == 88 && offsetof(GemvParams, activation) == 104,
+              "the host mirrors this struct");
 
 enum Epilogue : int { kPlain, kResidual, kGated };
 
@@ -59,6 +61,10 @@ __device__ __forceinline__ void gemv_body(const GemvParams& p) {
 #if BITNET_BUG != 2
     sync_block();
 #endif
+    // One factor per token and segment, where the quantisation is done with its scratch.
+    Factor* factors = reinterpret_cast<Factor*>(s.scratch);
+    if ((int)threadIdx.x < p.tokens * kSegments)
+        factors[threadIdx.x] = factor(multiplier(p.scales, threadIdx.x % kSegments), s.sx[threadIdx.x / kSegments]);
     if (p.tokens == 1)
         work.run<true>(s.x, s.stride, p.tokens, s.sums, lane);
     else
@@ -72,15 +78,14 @@ __device__ __forceinline__ void gemv_body(const GemvParams& p) {
         int n = r0 * kRows + row;
         if (n >= p.n) continue;
         float* out = p.out + (long long)token * p.ld_out + n;
-        float sx = s.sx[token];
+        const Factor* f = factors + token * kSegments;
         int q = s.qsum[token];
         if (kEpilogue == kGated) {
             const int* sum = s.sums + (row / 8) * 128 + (row % 8) * 8 + token;
-            float gate = dequantise(sum[0] - q, sx, p.scales.value[0], p.scales.divide);
-            float up = dequantise(sum[BITNET_BUG == 4 ? 56 : 64] - q, sx, p.scales.value[1], p.scales.divide);
+            float gate = dequantise(sum[0] - q, f[0]), up = dequantise(sum[BITNET_BUG == 4 ? 56 : 64] - q, f[1]);
             *out = gated(gate, up, p.activation);
         } else {
-            float y = dequantise(s.sums[row * 8 + token] - q, sx, segment_scale(p.scales, n), p.scales.divide);
+            float y = dequantise(s.sums[row * 8 + token] - q, f[segment(p.scales, n)]);
             *out = kEpilogue == kResidual ? add_rn(load_fresh(out), y) : y;
         }
     }

@@ -6,7 +6,7 @@
 //   registers. Partial sums are integers: warps add them into shared memory in any order, bit-exactly.
 //
 // Shared memory: activations [tokens][padded_k + 16] bytes (16 of padding make ldmatrix free of bank conflicts),
-// then sums [nr][16 rows][8 tokens] i32, then scratch.
+// then sums [nr][16 rows][8 tokens] i32, then scratch: of the quantisation, then the factors [tokens][4 segments].
 //
 // Per 1 kB tile a lane does: 2 16-byte loads, 32 AND, 8 shifts, 8 mma (or 32 dp4a for one token).
 #pragma once
@@ -193,5 +193,6 @@ __device__ __forceinline__ GemvShared gemv_shared(unsigned char* base, int token
     s.scratch = reinterpret_cast<unsigned char*>(s.qsum + kMaxDecodeTokens);
     return s;
 }
+static_assert(kMaxDecodeTokens * kSegments * sizeof(Factor) <= kQuantiseScratch, "the factors fit in the scratch");
 
 }  // namespace bitnet

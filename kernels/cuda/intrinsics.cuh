@@ -116,6 +116,7 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
 __device__ __forceinline__ float4 load_fresh(const float4* p) { return __ldcg(p); }
 __device__ __forceinline__ float load_fresh(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ int load_fresh(const int* p) { return __ldcg(p); }
+__device__ __forceinline__ unsigned load_fresh(const unsigned* p) { return __ldcg(p); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Programmatic dependent launch (9.0+): a kernel launched with the attribute may start before its
@@ -160,6 +161,8 @@ __device__ __forceinline__ void sync_grid(unsigned* counter) {
 __device__ __forceinline__ float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+// a * b + c, rounded once.
+__device__ __forceinline__ float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float sqrt_rn(float a) { return __fsqrt_rn(a); }
 __device__ __forceinline__ int float_to_int_rn(float a) { return __float2int_rn(a); }
 __device__ __forceinline__ unsigned float_bits(float a) { return __float_as_uint(a); }

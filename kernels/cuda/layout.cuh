@@ -19,6 +19,8 @@
 #pragma once
 #include "intrinsics.cuh"
 
+#include <stddef.h>
+
 namespace bitnet {
 
 constexpr int kTileRows = 16;
@@ -38,18 +40,37 @@ enum RowMap : int {
 };
 
 // Scales of a stacked matrix: segment s covers rows [end[s-1], end[s]). Gate/up: value[0] gate, value[1] up.
+constexpr int kSegments = 4;
 struct Scales {
-    int end[3];       // rows at and above end[2] belong to segment 3
-    int divide;       // 0: y = acc / s_x * value; 1: y = acc / s_x / value
-    float value[4];
+    int end[kSegments - 1];  // rows at and above end[2] belong to segment 3
+    float value[kSegments];  // multipliers
 };
+static_assert(sizeof(Scales) == 28 && offsetof(Scales, value) == 12, "the host mirrors this struct");
 
-__device__ __forceinline__ float dequantise(int acc, float sx, float scale, int divide) {
-    float y = div_rn((float)acc, sx);
-    return divide ? div_rn(y, scale) : mul_rn(y, scale);
+__device__ __forceinline__ int segment(const Scales& s, int row) {
+    return (row >= s.end[0]) + (row >= s.end[1]) + (row >= s.end[2]);
 }
-__device__ __forceinline__ float segment_scale(const Scales& s, int row) {
-    return row < s.end[0] ? s.value[0] : row < s.end[1] ? s.value[1] : row < s.end[2] ? s.value[2] : s.value[3];
+__device__ __forceinline__ float multiplier(const Scales& s, int segment) {
+    return segment == 0 ? s.value[0] : segment == 1 ? s.value[1] : segment == 2 ? s.value[2] : s.value[3];
+}
+
+// multiplier / s_x as the sum of two floats: 49 bits. What a division leaves over is exact, so no f64 is needed.
+struct Factor {
+    float hi, lo;
+};
+__device__ __forceinline__ Factor factor(float multiplier, float sx) {
+    float hi = div_rn(multiplier, sx);
+    return Factor{hi, div_rn(fma_rn(-hi, sx, multiplier), sx)};
+}
+// acc * multiplier / s_x, rounded once: to the bit what (float)(acc * ((double)multiplier / s_x)) is, but for one
+// output in some millions. |acc| < 2^24 because K <= 132104, so it is exact as a float.
+__device__ __forceinline__ float dequantise(int acc, Factor f) {
+    float a = (float)acc, product = mul_rn(a, f.hi);
+#if BITNET_BUG == 14
+    return product;
+#else
+    return add_rn(product, fma_rn(a, f.lo, fma_rn(a, f.hi, -product)));
+#endif
 }
 
 // Activation of a gated MLP; f32 throughout (the square overflows f16 in real models).

@@ -483,6 +483,7 @@ inline float4 load_fresh(const float4* p) {
 }
 inline float load_fresh(const float* p) { return *p; }
 inline int load_fresh(const int* p) { return *p; }
+inline unsigned load_fresh(const unsigned* p) { return *p; }
 inline void prefetch_l2(const void*) {}
 inline void wait_previous_kernel() {}
 inline void let_next_kernel_start() {}
@@ -512,6 +513,7 @@ BITNET_UNWATCHED T atomic_max(T* p, T v) {
 inline float div_rn(float a, float b) { return a / b; }
 inline float mul_rn(float a, float b) { volatile float r = a * b; return r; }
 inline float add_rn(float a, float b) { volatile float r = a + b; return r; }
+inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline int float_to_int_rn(float a) { return int(std::nearbyintf(a)); }
 inline unsigned float_bits(float a) { unsigned u; std::memcpy(&u, &a, 4); return u; }

@@ -18,14 +18,17 @@
 #include "../cuda/sample.cu"
 
 #include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
 namespace {
 
+// A call with its arguments read now, as cuLaunchKernel reads them: it may run later.
 template <class... P, size_t... I>
 std::function<void()> make_call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
-    return [=] { kernel(*static_cast<std::remove_cv_t<P>*>(arguments[I])...); };
+    std::tuple<std::remove_cv_t<P>...> values(*static_cast<std::remove_cv_t<P>*>(arguments[I])...);
+    return [=] { std::apply(kernel, values); };
 }
 template <class... P>
 std::function<void()> make_call(void (*kernel)(P...), void** arguments) {
@@ -43,7 +46,7 @@ struct Entry {
 #define KGEMM(NAME) K(NAME##_64), K(NAME##_128)
 
 const Entry entries[] = {
-    K(bitnet_pack), K(bitnet_norm_quantise), K(bitnet_rmsnorm),
+    K(bitnet_pack), K(bitnet_norm_quantise), K(bitnet_rmsnorm), K(bitnet_gated), K(bitnet_place),
     K(bitnet_gemv), K(bitnet_gemv_residual), K(bitnet_gemv_gated),
     K(bitnet_gemv_norm), K(bitnet_gemv_norm_residual), K(bitnet_gemv_norm_gated),
     KGEMM(bitnet_gemm), KGEMM(bitnet_gemm_residual), KGEMM(bitnet_gemm_gated),
@@ -51,7 +54,7 @@ const Entry entries[] = {
     KMMA(bitnet_prefill_attention_mma_bf16), KMMA(bitnet_prefill_attention_mma_f16),
     K1248(bitnet_head_bf16), K1248(bitnet_head_f16), K1248(bitnet_head_f32), K1248(bitnet_head_i8),
     K3(bitnet_embed), K(bitnet_embed_i8),
-    K(bitnet_argmax), K(bitnet_sample_prepare), K(bitnet_sample_pick), K(bitnet_note_token), K(bitnet_advance),
+    K(bitnet_argmax), K(bitnet_mark), K(bitnet_sample_prepare), K(bitnet_sample_pick),
 };
 
 const Entry* find(const char* name) {

@@ -1,4 +1,34 @@
-//! Identities of packed layouts, carried by every packed weight and checked at every kernel call.
+//! Identities of packed layouts, carried by every packed weight and checked at every kernel call; and how several
+//! weights lie in one.
+
+use crate::ternary::PackedTernary;
+use crate::{Error, Result};
+
+/// How weights that share their input lie in one packed weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arrangement {
+    /// One below the other: the product gives their outputs side by side.
+    Stacked,
+    /// Exactly two, gate and up, of one shape: the product gives `act(gate) · up`.
+    GateUp,
+}
+
+impl Arrangement {
+    /// Refuses weights that cannot be arranged so.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for [`Self::GateUp`] of other than two weights of one shape.
+    pub fn check(self, weights: &[PackedTernary]) -> Result<()> {
+        match (self, weights) {
+            (Self::Stacked, _) => Ok(()),
+            (Self::GateUp, [gate, up]) if gate.rows() == up.rows() && gate.cols() == up.cols() => Ok(()),
+            (Self::GateUp, _) => {
+                let shapes: Vec<_> = weights.iter().map(|w| [w.rows(), w.cols()]).collect();
+                Err(Error::Shape { op: "pack", reason: format!("{shapes:?} are not a gate and an up of one shape") })
+            }
+        }
+    }
+}
 
 /// The layout that a weight was packed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

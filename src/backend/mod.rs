@@ -4,18 +4,19 @@
 //! code of the crate is in this room.
 
 pub mod activation;
-mod arrangement;
 pub mod attention;
+mod batch;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod dense_type;
 pub mod host;
 mod layout;
+mod rope;
 mod select;
 
-pub use arrangement::Arrangement;
+pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
-pub use layout::LayoutId;
-pub(crate) use select::not_built;
+pub use layout::{Arrangement, LayoutId};
+pub use rope::Rope;
 pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, LowRankWeight, TernaryWeight, select_device};

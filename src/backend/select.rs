@@ -1,10 +1,12 @@
 //! The choice of the device, made once, at load.
 
-use super::attention::AttentionShape;
+use super::attention::{AttentionShape, RopeTable};
+use super::batch::{Batch, HostBatch};
 use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions, CpuTernary, Segment};
 use super::dense_type::DenseType;
 use super::host::MappedFile;
-use super::layout::LayoutId;
+use super::layout::{Arrangement, LayoutId};
+use super::rope::Rope;
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use candle_core::Device;
@@ -54,7 +56,7 @@ pub fn select_device(choice: DeviceChoice) -> Result<Device> {
 }
 
 /// The error for a device that this build has no kernels for.
-pub(crate) fn not_built(device: &'static str) -> Error {
+fn not_built(device: &'static str) -> Error {
     Error::Unavailable {
         what: format!("device {device}"),
         reason: "this build has no kernels for it; use --device cpu or --device auto".into(),
@@ -108,9 +110,25 @@ impl Backend {
     /// Packs weights that share their input for this device's kernel.
     ///
     /// # Errors
-    /// [`Error::Shape`] for weights that cannot be stacked, [`Error::SelfCheck`] if the kernel is wrong here.
-    pub fn pack(&self, weights: &[PackedTernary]) -> Result<TernaryWeight> {
-        self.cpu.pack(weights).map(TernaryWeight::Cpu)
+    /// [`Error::Shape`] for weights that cannot be arranged so, [`Error::SelfCheck`] if the kernel is wrong here.
+    pub fn pack(&self, weights: &[PackedTernary], arrangement: Arrangement) -> Result<TernaryWeight> {
+        self.cpu.pack(weights, arrangement).map(TernaryWeight::Cpu)
+    }
+
+    /// An empty batch for up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn batch(&self, capacity: usize) -> Result<Batch> {
+        HostBatch::new(capacity).map(Batch::Cpu)
+    }
+
+    /// The angles of the rotary embedding where this device's kernels read them.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn rope(&self, table: RopeTable) -> Result<Rope> {
+        Ok(Rope::Cpu(table))
     }
 
     /// A dense matrix in a mapped file, which stays there on the CPU.
@@ -200,6 +218,13 @@ impl TernaryWeight {
     pub fn host_bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Cpu(w) => Some(w.data()),
+        }
+    }
+
+    /// What the weights were packed for.
+    pub fn arrangement(&self) -> Arrangement {
+        match self {
+            Self::Cpu(w) => w.arrangement(),
         }
     }
 

@@ -13,7 +13,7 @@ use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use candle_bitnet::generate::Sampler;
 use candle_bitnet::model::config::{MAX_POSITIONS, ModelConfig};
 use candle_bitnet::model::presets::Preset;
-use candle_bitnet::model::{Decoder, Logits, Sequence};
+use candle_bitnet::model::{Decoder, Logits, Sequence, read_logits};
 use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
 use serde::Serialize;
@@ -240,14 +240,16 @@ fn one_repetition(
     let prompt: Vec<u32> = (0..pp).map(|i| (i * 7919 % vocab) as u32).collect();
     let start = Instant::now();
     for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
-        decoder.forward(&[Sequence { slot: 0, position: i * CHUNK, tokens }], cache, Logits::Last)?;
+        let piece = Sequence { slot: 0, position: i * CHUNK, tokens };
+        decoder.forward_with(&[piece], cache, Logits::Last, |_| Ok(()))?;
     }
     let prefill = start.elapsed().as_secs_f64();
-    let (mut token, start) = (1, Instant::now());
+    let (mut token, mut values) = (1, Vec::with_capacity(vocab));
+    let start = Instant::now();
     for i in 0..tg {
         let sequence = Sequence { slot: 0, position: pp + i, tokens: &[token] };
-        let logits = decoder.forward(&[sequence], cache, Logits::Last)?;
-        token = sampler.sample(&logits.flatten_all()?.to_vec1::<f32>()?)?.token;
+        decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read_logits(logits, &mut values))?;
+        token = sampler.sample(&values)?.token;
     }
     Ok((prefill, start.elapsed().as_secs_f64()))
 }

@@ -3,9 +3,9 @@
 use super::model_args::RunArgs;
 use super::print;
 use anyhow::Result;
-use candle_bitnet::backend::Backend;
 use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
+use candle_bitnet::backend::{Arrangement, Backend};
 use candle_bitnet::select_device;
 use serde::Serialize;
 use std::time::Duration;
@@ -110,7 +110,7 @@ fn report(backend: &Backend, why: &'static str) -> Result<Report> {
 fn self_check(backend: &Backend) -> Result<&'static str> {
     use candle_bitnet::ternary::{PackedTernary, Scale};
     let weights: Vec<i8> = (0..16 * 300).map(|i| (i * 7 % 3) as i8 - 1).collect();
-    backend.pack(&[PackedTernary::from_weights(16, 300, &weights, Scale::Multiply(1.0))?])?;
+    backend.pack(&[PackedTernary::from_weights(16, 300, &weights, Scale::Multiply(1.0))?], Arrangement::Stacked)?;
     Ok("the chosen kernel equals the reference")
 }
 

@@ -8,7 +8,7 @@ use candle_bitnet::backend::host::MappedFile;
 use candle_bitnet::checkpoint::StoredType;
 use candle_bitnet::checkpoint::header;
 use candle_bitnet::checkpoint::write::{Entry, write_file};
-use candle_bitnet::model::{Decoder, Logits, Sequence};
+use candle_bitnet::model::{Decoder, Logits, Sequence, read_logits};
 use candle_bitnet::nn::KvCache;
 use std::path::{Path, PathBuf};
 
@@ -112,10 +112,11 @@ fn read_prompts(path: &PathBuf) -> Result<Vec<(String, Vec<u32>)>> {
 }
 
 fn all_logits(decoder: &Decoder, cache: &KvCache, ids: &[u32]) -> Result<Vec<f32>> {
-    let mut rows = Vec::new();
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
     for (i, tokens) in ids.chunks(CHUNK).enumerate() {
         let piece = Sequence { slot: 0, position: i * CHUNK, tokens };
-        rows.extend(decoder.forward(&[piece], cache, Logits::All)?.flatten_all()?.to_vec1::<f32>()?);
+        decoder.forward_with(&[piece], cache, Logits::All, |logits| read_logits(logits, &mut values))?;
+        rows.extend_from_slice(&values);
     }
     Ok(rows)
 }
@@ -123,11 +124,12 @@ fn all_logits(decoder: &Decoder, cache: &KvCache, ids: &[u32]) -> Result<Vec<f32
 fn greedy(decoder: &Decoder, cache: &KvCache, ids: &[u32], count: usize) -> Result<Vec<u32>> {
     let mut sampler = greedy_sampler(decoder.config().vocab_size)?;
     let (mut position, mut next, mut tokens) = (0, ids.to_vec(), Vec::new());
+    let mut values = Vec::new();
     for _ in 0..count {
         let sequence = Sequence { slot: 0, position, tokens: &next };
-        let logits = decoder.forward(&[sequence], cache, Logits::Last)?.flatten_all()?.to_vec1::<f32>()?;
+        decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read_logits(logits, &mut values))?;
         position += next.len();
-        let token = sampler.sample(&logits)?.token;
+        let token = sampler.sample(&values)?.token;
         next = vec![token];
         tokens.push(token);
     }

@@ -42,4 +42,19 @@ mod tests {
         assert_eq!(exp_nonpositive(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp_nonpositive(f32::MIN), 0.0);
     }
+
+    #[test]
+    fn the_bits_are_those_of_the_devices() {
+        // tests/emulator/head.cpp has the same numbers for kernels/cuda/sample.cu.
+        for (x, bits) in [
+            (-0.3, 0x3f3d_a643),
+            (-1.0, 0x3ebc_5ab2),
+            (-7.7, 0x39ed_6972),
+            (-33.3, 0x2778_b2ea),
+            (-86.9, 0x00c6_0f89),
+            (-87.5, 0),
+        ] {
+            assert_eq!(exp_nonpositive(x).to_bits(), bits, "{x}");
+        }
+    }
 }

@@ -1,6 +1,8 @@
 //! Penalties for tokens that are already there.
 
 use super::SamplingParams;
+use super::device::{MarksHeld, TokenMark};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Marks a token as present, in the prompt or generated; the bits below count how often it was generated.
 const SEEN: u32 = 1 << 31;
@@ -11,10 +13,30 @@ pub(super) struct History {
     repetition: f32,
     presence: f32,
     frequency: f32,
+    identity: Identity,
     /// Per token of the vocabulary.
     marks: Vec<u32>,
     /// Every token of the sequence once.
     distinct: Vec<u32>,
+    /// All tokens in the order they came: what a device lacks are the last of them.
+    observed: Vec<u32>,
+}
+
+/// Tells histories apart; a clone goes its own way.
+#[derive(Debug)]
+struct Identity(u64);
+
+impl Identity {
+    fn new() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+impl Clone for Identity {
+    fn clone(&self) -> Self {
+        Self::new()
+    }
 }
 
 impl History {
@@ -25,8 +47,10 @@ impl History {
             repetition: params.repetition_penalty,
             presence: params.presence_penalty,
             frequency: params.frequency_penalty,
+            identity: Identity::new(),
             marks: if active { vec![0; vocab] } else { Vec::new() },
             distinct: Vec::new(),
+            observed: Vec::new(),
         }
     }
 
@@ -44,6 +68,23 @@ impl History {
         if generated && *mark & !SEEN < SEEN - 1 {
             *mark += 1;
         }
+        self.observed.push(token);
+    }
+
+    /// See [`super::Sampler::marks_since`].
+    pub(super) fn since(&self, held: &mut MarksHeld, marks: &mut Vec<TokenMark>) -> bool {
+        let other = held.history != self.identity.0;
+        let from = if other { 0 } else { held.observed };
+        *held = MarksHeld { history: self.identity.0, observed: self.observed.len() };
+        marks.clear();
+        let changed = self.observed.get(from..).unwrap_or_default();
+        marks.extend(changed.iter().filter_map(|&token| {
+            let mark = *self.marks.get(token as usize)?;
+            Some(TokenMark { token, mark })
+        }));
+        marks.sort_unstable_by_key(|m| m.token);
+        marks.dedup();
+        other
     }
 
     pub(super) fn apply(&self, scores: &mut [f32]) {

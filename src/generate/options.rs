@@ -54,7 +54,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Added to the logits of single tokens; −∞ forbids one.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Same seed, same model and same logits give the same tokens.
+    /// Same seed, same model and same logits give the same tokens, on one kind of device: where tokens are drawn on a
+    /// GPU, the distribution is the same but the random numbers are others.
     pub seed: u64,
     /// Whether to compute log-probabilities.
     pub logprobs: bool,

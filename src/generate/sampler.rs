@@ -3,7 +3,8 @@
 //! The order is that of transformers: repetition, presence and frequency penalties, logit bias, temperature, top-k,
 //! top-p, min-p, and a draw from what is left. 128k logits are never sorted: top-k and top-p select (see `nucleus`), and
 //! nothing is allocated per token once the buffers have their size. The draw walks the tokens in the order of their
-//! ids, so that it depends on nothing but the logits, the parameters and the seed.
+//! ids, so that it depends on nothing but the logits, the parameters and the seed. A device can draw instead, from the
+//! same distribution with other random numbers (see `device`).
 
 use super::SamplingParams;
 use super::exp::exp_nonpositive;
@@ -32,10 +33,12 @@ pub struct Sampled {
 /// Draws tokens. One sampler serves one sequence: it remembers what the penalties need, and its random state.
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    params: SamplingParams,
-    vocab: usize,
+    pub(super) params: SamplingParams,
+    pub(super) vocab: usize,
     rng: ChaCha8Rng,
-    history: History,
+    pub(super) history: History,
+    /// Tokens drawn so far, here or on a device.
+    pub(super) draws: u64,
     /// Logits after penalties and bias; empty if there are none.
     scores: Vec<f32>,
     /// Weight of every token, where every token can be drawn or weighed.
@@ -66,6 +69,7 @@ impl Sampler {
             params: params.clone(),
             vocab,
             rng: ChaCha8Rng::from_seed(seed),
+            draws: 0,
             scores: Vec::new(),
             weights: Vec::new(),
             blocks: Vec::new(),
@@ -81,7 +85,7 @@ impl Sampler {
     }
 
     /// Tells the sampler a token of the answer, which counts for all penalties. To be called with each token that
-    /// [`Self::sample`] gave and that was kept.
+    /// [`Self::sample`] or [`Self::drawn`] gave and that was kept.
     pub fn accept(&mut self, token: u32) {
         self.history.observe(token, true);
     }
@@ -97,6 +101,7 @@ impl Sampler {
             Support::All => self.draw_from_all(),
             Support::Some => self.draw_from_candidates(),
         };
+        self.draws += 1;
         let logprob = self.params.logprobs.then(|| log_softmax_at(logits, token));
         Ok(Sampled { token, logprob })
     }

@@ -213,12 +213,15 @@ impl<'a, M: LanguageModel + ?Sized> TokenStream<'a, M> {
                 return Ok(Piece { token: None, text, logprob: None, finish: Some(reason) });
             }
             let end = self.sequence.len().min(self.fed + PREFILL_CHUNK);
-            let logits = self.model.advance(self.sequence.get(self.fed..end).unwrap_or_default())?;
-            self.fed = end;
-            if end < self.sequence.len() {
-                continue;
-            }
-            let sampled = self.sampler.sample(logits)?;
+            let tokens = self.sequence.get(self.fed..end).unwrap_or_default();
+            let sampled = if end < self.sequence.len() {
+                self.model.feed(tokens).map(|()| None)
+            } else {
+                self.model.draw(tokens, &mut self.sampler).map(Some)
+            };
+            // After an error the model may hold the tokens or not.
+            self.fed = self.model.position().clamp(self.fed, end);
+            let Some(sampled) = sampled? else { continue };
             self.count_time(begun, true);
             let (text, finish) = self.take(sampled.token)?;
             return Ok(Piece { token: Some(sampled.token), text, logprob: sampled.logprob, finish });

@@ -2,13 +2,14 @@
 
 use super::config::{Activation, ModelConfig, Projection};
 use super::source::WeightSource;
-use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
+use super::workspace::{Activations, Outputs, Pass, Workspace};
+use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::Gate;
-use crate::backend::{Backend, DenseType, DenseWeight};
+use crate::backend::{Backend, DenseType, DenseWeight, Rope};
 use crate::nn::{KvCache, Linear, LinearGroup, LinearParts, LowRank, RmsNorm};
-use crate::ops::{self, AttentionInput};
+use crate::ops::{self, AttentionInput, Output};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Storage, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// One sequence's part of a batch: tokens that follow its first `position` ones.
@@ -79,14 +80,14 @@ pub struct Decoder {
     backend: Backend,
     config: ModelConfig,
     shape: AttentionShape,
-    rope: RopeTable,
+    rope: Rope,
     gate: Gate,
     embedding: Arc<DenseWeight>,
     layers: Vec<Layer>,
     norm: RmsNorm,
     head: Arc<DenseWeight>,
-    /// Row positions of the batch in progress; kept, so that a step does not allocate them.
-    rows: Mutex<Vec<RowPosition>>,
+    /// The tensors of the pass in progress, which wait for the next one.
+    workspace: Mutex<Workspace>,
 }
 
 impl Decoder {
@@ -117,7 +118,8 @@ impl Decoder {
             progress(index + 1);
         }
         Ok(Self {
-            rope: RopeTable::new(context, config.head_dim, config.rope_theta)?,
+            rope: backend.rope(RopeTable::new(context, config.head_dim, config.rope_theta)?)?,
+            workspace: Mutex::new(Workspace::new(backend, &config, shape)?),
             gate: match config.activation {
                 Activation::Relu2 => Gate::Relu2,
                 Activation::Silu => Gate::Silu,
@@ -129,7 +131,6 @@ impl Decoder {
             embedding,
             layers,
             head,
-            rows: Mutex::default(),
         })
     }
 
@@ -185,7 +186,7 @@ impl Decoder {
         self.layers.iter().flat_map(Layer::host_bytes).chain(self.head.host_bytes()).collect()
     }
 
-    /// Appends each sequence's tokens at its position and returns logits, f32.
+    /// Appends each sequence's tokens at its position and returns logits, f32, in a tensor of their own.
     ///
     /// Sequences are independent: a token's logits do not depend on what else is in the batch, nor on how its
     /// sequence was cut into calls.
@@ -194,43 +195,65 @@ impl Decoder {
     /// [`Error::ContextFull`] if a sequence does not fit, [`Error::Request`] for an empty sequence, a slot that
     /// does not exist or is used twice, or a token outside the vocabulary; the cache is then unchanged.
     pub fn forward(&self, batch: &[Sequence<'_>], cache: &KvCache, logits: Logits) -> Result<Tensor> {
-        self.check(batch, cache)?;
-        let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
-        rows.clear();
-        for s in batch {
-            rows.extend((0..s.tokens.len()).map(|i| RowPosition { slot: s.slot, position: s.position + i }));
-        }
-        let ids = match batch {
-            [one] => Tensor::from_slice(one.tokens, one.tokens.len(), self.backend.device())?,
-            _ => {
-                let ids: Vec<u32> = batch.iter().flat_map(|s| s.tokens).copied().collect();
-                Tensor::from_vec(ids, rows.len(), self.backend.device())?
-            }
-        };
-        let mut x = ops::embed(&self.backend, &self.embedding, &ids)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let Some(kv) = cache.layer(index) else { break };
-            x = self.layer(layer, &x, AttentionInput { shape: self.shape, rows: &rows, rope: &self.rope, kv })?;
-        }
-        if logits == Logits::Last && rows.len() > batch.len() {
-            let ends = batch.iter().scan(0, |end, s| {
-                *end += s.tokens.len() as u32;
-                Some(*end - 1)
-            });
-            let ends: Vec<u32> = ends.collect();
-            x = x.index_select(&Tensor::from_vec(ends, batch.len(), self.backend.device())?, 0)?;
-        }
-        let x = self.norm.forward(&self.backend, &x)?;
-        ops::dense_linear(&self.backend, &self.head, &x)
+        self.compute(batch, cache, logits, |outputs| match outputs.kept {
+            true => Ok(outputs.logits.force_contiguous()?),
+            false => Ok(outputs.logits.clone()),
+        })
     }
 
-    fn layer(&self, layer: &Layer, x: &Tensor, input: AttentionInput<'_>) -> Result<Tensor> {
-        let backend = &self.backend;
-        let qkv = layer.qkv.forward(backend, x, &layer.input_norm)?;
-        let context = ops::attention(backend, &qkv, input)?;
-        let x = layer.output.forward(backend, &context, layer.attention_sub_norm.as_ref(), Some(x))?;
-        let gate_up = layer.gate_up.forward(backend, &x, &layer.post_attention_norm)?;
-        layer.down.forward_gated(backend, self.gate, &gate_up, layer.mlp_sub_norm.as_ref(), Some(&x))
+    /// As [`Decoder::forward`], but lends the logits to `read` instead of copying them. The next pass writes into the
+    /// same tensor, so nobody may keep it; `read` must not start one on this decoder.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`]; those of `read`.
+    pub fn forward_with<R>(
+        &self,
+        batch: &[Sequence<'_>],
+        cache: &KvCache,
+        logits: Logits,
+        read: impl FnOnce(&Tensor) -> Result<R>,
+    ) -> Result<R> {
+        self.compute(batch, cache, logits, |outputs| read(&outputs.logits))
+    }
+
+    fn compute<R>(
+        &self,
+        batch: &[Sequence<'_>],
+        cache: &KvCache,
+        logits: Logits,
+        read: impl FnOnce(&Outputs) -> Result<R>,
+    ) -> Result<R> {
+        self.check(batch, cache)?;
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        workspace.with(batch, logits, |pass| {
+            self.run(pass, cache)?;
+            read(pass.outputs)
+        })
+    }
+
+    /// The layers and the head: operations on tensors that exist, nothing else.
+    fn run(&self, pass: Pass<'_>, cache: &KvCache) -> Result<()> {
+        let Pass { batch, activations: Activations { x, qkv, context, hidden }, picks, outputs } = pass;
+        let (backend, shape, rope) = (&self.backend, self.shape, &self.rope);
+        ops::embed(backend, &self.embedding, batch, x)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let Some(kv) = cache.layer(index) else { break };
+            layer.qkv.forward(backend, x, &layer.input_norm, Output::replace(qkv))?;
+            ops::attention(backend, qkv, AttentionInput { shape, batch, rope, kv }, context)?;
+            layer.output.forward(backend, context, layer.attention_sub_norm.as_ref(), Output::add_to(x))?;
+            layer.gate_up.forward_gated(backend, self.gate, x, &layer.post_attention_norm, hidden)?;
+            layer.down.forward(backend, hidden, layer.mlp_sub_norm.as_ref(), Output::add_to(x))?;
+        }
+        let Outputs { picked, last, logits, .. } = outputs;
+        let wanted = match picks {
+            [] => x,
+            picks => {
+                ops::select_rows(backend, x, picks, picked)?;
+                picked
+            }
+        };
+        self.norm.forward(backend, wanted, last)?;
+        ops::dense_linear(backend, &self.head, last, Output::replace(logits))
     }
 
     fn check(&self, batch: &[Sequence<'_>], cache: &KvCache) -> Result<()> {
@@ -302,6 +325,10 @@ fn load_layer(
         None => Err(Error::Shape { op: "load", reason: "a layer has seven projections".into() }),
     };
     let group = |(parts, adapters)| LinearGroup::new(backend, parts)?.with_adapters(adapters);
+    let gate_up = match gate_up.1.iter().any(Option::is_some) {
+        true => group(gate_up)?,
+        false => LinearGroup::gate_up(backend, gate_up.0)?,
+    };
     let name = |path: &str| format!("model.layers.{index}.{path}.weight");
     let sub = |path: &str, len: usize| config.sub_norms.then(|| norm(&name(path), len)).transpose();
     Ok(Layer {
@@ -310,8 +337,24 @@ fn load_layer(
         attention_sub_norm: sub("self_attn.attn_sub_norm", config.q_size())?,
         output: one(&mut output)?,
         post_attention_norm: norm(&name("post_attention_layernorm"), config.hidden_size)?,
-        gate_up: group(gate_up)?,
+        gate_up,
         mlp_sub_norm: sub("mlp.ffn_sub_norm", config.intermediate_size)?,
         down: one(&mut down)?,
     })
+}
+
+/// Copies logits that a pass gave into a buffer that is kept between tokens.
+///
+/// # Errors
+/// Of candle, if they are not f32 or cannot be copied to the host.
+pub fn read_logits(logits: &Tensor, out: &mut Vec<f32>) -> Result<()> {
+    let (storage, layout) = logits.storage_and_layout();
+    if let (Storage::Cpu(cpu), Some((start, end))) = (&*storage, layout.contiguous_offsets()) {
+        out.clear();
+        out.extend_from_slice(&cpu.as_slice::<f32>()?[start..end]);
+        return Ok(());
+    }
+    drop(storage);
+    *out = logits.flatten_all()?.to_vec1()?;
+    Ok(())
 }

@@ -5,6 +5,7 @@ pub mod convert;
 mod decoder;
 pub mod presets;
 mod source;
+mod workspace;
 
-pub use decoder::{Decoder, Footprint, Logits, Sequence};
+pub use decoder::{Decoder, Footprint, Logits, Sequence, read_logits};
 pub use source::{AdaptedWeights, CheckpointWeights, WeightSource};

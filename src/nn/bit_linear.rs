@@ -1,6 +1,7 @@
 //! BitLinear alone, for anybody's candle model.
 
-use crate::backend::{Backend, TernaryWeight};
+use crate::backend::{Arrangement, Backend, TernaryWeight};
+use crate::ops::Output;
 use crate::ternary::PackedTernary;
 use crate::{Result, ops};
 use candle_core::{D, DType, Device, Module, Tensor};
@@ -42,7 +43,7 @@ impl BitLinear {
     /// # Errors
     /// As [`Backend::pack`].
     pub fn with_backend(weight: PackedTernary, backend: &Backend) -> Result<Self> {
-        let weight = Arc::new(backend.pack(&[weight])?);
+        let weight = Arc::new(backend.pack(&[weight], Arrangement::Stacked)?);
         Ok(Self { backend: backend.clone(), weight })
     }
 
@@ -68,7 +69,8 @@ impl Module for BitLinear {
             return Tensor::zeros(dims, x.dtype(), x.device());
         }
         let flat = x.to_dtype(DType::F32)?.reshape(((), x.dim(D::Minus1)?))?;
-        let q = ops::quantize(&self.backend, &flat)?;
-        ops::linear(&self.backend, &self.weight, &q, None)?.reshape(dims)?.to_dtype(x.dtype())
+        let out = Tensor::zeros((flat.dim(0)?, self.rows()), DType::F32, x.device())?;
+        ops::norm_linear(&self.backend, &self.weight, &flat, None, Output::replace(&out))?;
+        out.reshape(dims)?.to_dtype(x.dtype())
     }
 }

@@ -27,12 +27,12 @@ impl LowRank {
         &self.weight
     }
 
-    /// The update of f32 `h` `[tokens, cols]`, plus `residual` if given: f32 `[tokens, rows]`.
+    /// Adds the update of f32 `h` `[tokens, cols]` to `rows` columns of f32 `out` `[tokens, width]`.
     ///
     /// # Errors
-    /// Of candle, if shapes or types do not fit.
-    pub fn forward(&self, backend: &Backend, h: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
-        ops::low_rank(backend, &[(0, &self.weight)], h, residual, self.weight.rows())
+    /// As [`ops::low_rank`].
+    pub fn add_to(&self, backend: &Backend, h: &Tensor, out: &Tensor, first_column: usize) -> Result<()> {
+        ops::low_rank(backend, &[(first_column, &self.weight)], h, out)
     }
 
     /// Refuses an update for a layer of another shape.

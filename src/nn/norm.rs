@@ -31,11 +31,23 @@ impl RmsNorm {
         self.eps
     }
 
-    /// Normalises f32 `x` `[…, cols]`.
+    /// Normalises f32 `x` `[tokens, cols]` into `out`, of the same shape.
     ///
     /// # Errors
-    /// Of candle, if shapes or types do not fit.
-    pub fn forward(&self, backend: &Backend, x: &Tensor) -> Result<Tensor> {
-        ops::rms_norm(backend, x, &self.weight, self.eps)
+    /// As [`ops::rms_norm`].
+    pub fn forward(&self, backend: &Backend, x: &Tensor, out: &Tensor) -> Result<()> {
+        ops::rms_norm(backend, x, &self.weight, self.eps, out)
+    }
+
+    /// The same in a tensor of its own, for layers that need the normalised input more than once.
+    pub(super) fn normalised(&self, backend: &Backend, x: &Tensor) -> Result<Tensor> {
+        let out = x.zeros_like()?;
+        self.forward(backend, x, &out)?;
+        Ok(out)
+    }
+
+    /// Weight and epsilon, as operations take them.
+    pub(super) fn parts(&self) -> (&Tensor, f32) {
+        (&self.weight, self.eps)
     }
 }

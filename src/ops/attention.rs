@@ -1,10 +1,10 @@
 //! Rotary embedding and attention with the KV cache.
 
-use super::{contiguous, no_gpu};
+use super::{contiguous, expect, output};
 use crate::Result;
-use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
-use crate::backend::{Backend, KvLayer};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use crate::backend::attention::AttentionShape;
+use crate::backend::{Backend, Batch, KvLayer, Rope};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 /// What attention needs besides the projections.
@@ -13,28 +13,25 @@ pub struct AttentionInput<'a> {
     /// Heads.
     pub shape: AttentionShape,
     /// Slot and position of each row.
-    pub rows: &'a [RowPosition],
+    pub batch: &'a Batch,
     /// Angles of the rotary embedding.
-    pub rope: &'a RopeTable,
+    pub rope: &'a Rope,
     /// This layer's cache, which grows by the rows' keys and values.
     pub kv: &'a Mutex<KvLayer>,
 }
 
 /// Rotates queries and keys of f32 `qkv` `[tokens, q | k | v]`, appends keys and values to the cache, and
-/// attends causally: f32 `[tokens, heads · head_dim]`.
+/// attends causally: replaces f32 `out` `[tokens, heads · head_dim]`.
 ///
 /// # Errors
-/// [`crate::Error::ContextFull`] for a position that does not fit; of candle, if shapes do not fit.
-pub fn attention(backend: &Backend, qkv: &Tensor, input: AttentionInput<'_>) -> Result<Tensor> {
-    Ok(qkv.contiguous()?.apply_op1_no_bwd(&Attention { backend, input })?)
-}
-
-/// Rotates f32 `x` `[tokens, heads · head_dim]` (rotate-half form); row t stands at `positions[t]`.
-///
-/// # Errors
-/// [`crate::Error::ContextFull`] for a position outside the table; of candle, if shapes do not fit.
-pub fn rope(backend: &Backend, x: &Tensor, positions: &[usize], table: &RopeTable) -> Result<Tensor> {
-    Ok(x.contiguous()?.apply_op1_no_bwd(&Rope { backend, positions, table })?)
+/// [`crate::Error::Shape`] for operands that do not fit; of candle, wrapping [`crate::Error::ContextFull`] for a position
+/// that does not fit, and if `out` shares its storage with `qkv`.
+pub fn attention(backend: &Backend, qkv: &Tensor, input: AttentionInput<'_>, out: &Tensor) -> Result<()> {
+    const NAME: &str = Attention::NAME;
+    let (tokens, shape) = (input.batch.len(), input.shape);
+    expect(NAME, "input", qkv, tokens, shape.qkv_dim())?;
+    expect(NAME, "output", out, tokens, shape.heads * shape.head_dim)?;
+    Ok(out.inplace_op2(qkv, &Attention { backend, input })?)
 }
 
 struct Attention<'a> {
@@ -42,41 +39,20 @@ struct Attention<'a> {
     input: AttentionInput<'a>,
 }
 
-impl CustomOp1 for Attention<'_> {
+impl Attention<'_> {
+    const NAME: &'static str = "attention";
+}
+
+impl InplaceOp2 for Attention<'_> {
     fn name(&self) -> &'static str {
-        "attention"
+        Self::NAME
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let AttentionInput { shape, rows, rope, kv } = self.input;
+    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, qkv: &CpuStorage, lq: &Layout) -> candle_core::Result<()> {
+        let AttentionInput { shape, batch, rope: Rope::Cpu(rope), kv } = self.input;
         let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
         let KvLayer::Cpu(kv) = &mut *kv;
-        let width = shape.heads * shape.head_dim;
-        let mut out = vec![0.0; rows.len() * width];
-        self.backend.cpu().attention(shape, contiguous(s, l)?, rows, rope, kv, &mut out)?;
-        Ok((CpuStorage::F32(out), Shape::from((rows.len(), width))))
+        let (qkv, out) = (contiguous(qkv, lq)?, output(out, lo)?);
+        Ok(self.backend.cpu().attention(shape, qkv, batch.rows(), rope, kv, out)?)
     }
-
-    no_gpu!((s, l));
-}
-
-struct Rope<'a> {
-    backend: &'a Backend,
-    positions: &'a [usize],
-    table: &'a RopeTable,
-}
-
-impl CustomOp1 for Rope<'_> {
-    fn name(&self) -> &'static str {
-        "rope"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = contiguous::<f32>(s, l)?;
-        let mut out = vec![0.0; x.len()];
-        self.backend.cpu().rope(x, self.positions, self.table, &mut out)?;
-        Ok((CpuStorage::F32(out), l.shape().clone()))
-    }
-
-    no_gpu!((s, l));
 }

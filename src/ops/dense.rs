@@ -1,65 +1,48 @@
-//! Products with dense weights, and embedding rows.
+//! Products with dense weights.
 
-use super::{contiguous, no_gpu};
+use super::{Output, contiguous, matrix, output, shape_error};
 use crate::Result;
+use crate::backend::cpu::OutputColumns;
 use crate::backend::{Backend, DenseWeight};
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
-/// `y = x Wᵀ` in f32 for f32 `x` `[tokens, cols]` and a weight in its stored type: f32 `[tokens, rows]`.
+/// `y = x Wᵀ` in f32 for f32 `x` `[tokens, cols]` and a weight `[rows, cols]` in its stored type.
 ///
 /// # Errors
-/// Of candle, if shapes or types do not fit.
-pub fn dense_linear(backend: &Backend, weight: &DenseWeight, x: &Tensor) -> Result<Tensor> {
-    Ok(x.contiguous()?.apply_op1_no_bwd(&DenseLinear { backend, weight })?)
-}
-
-/// Rows `ids` (U32 `[tokens]`) of an embedding, widened: f32 `[tokens, cols]`.
-///
-/// # Errors
-/// [`crate::Error::Request`] for an id outside the vocabulary; of candle, if `ids` is not U32.
-pub fn embed(backend: &Backend, weight: &DenseWeight, ids: &Tensor) -> Result<Tensor> {
-    Ok(ids.contiguous()?.apply_op1_no_bwd(&Embed { backend, weight })?)
+/// [`crate::Error::Shape`] for operands that do not fit; of candle, if `out` shares its storage with `x`.
+pub fn dense_linear(backend: &Backend, weight: &DenseWeight, x: &Tensor, out: Output<'_>) -> Result<()> {
+    const NAME: &str = DenseLinear::NAME;
+    let (tokens, cols) = matrix(NAME, "input", x)?;
+    if cols != weight.cols() {
+        let reason = format!("input [{tokens}, {cols}] for a weight of {} input features", weight.cols());
+        return Err(shape_error(NAME, reason));
+    }
+    let width = out.check(NAME, tokens, weight.rows())?;
+    let Output { tensor, first_column, add } = out;
+    Ok(tensor.inplace_op2(x, &DenseLinear { backend, weight, width, first_column, add })?)
 }
 
 struct DenseLinear<'a> {
     backend: &'a Backend,
     weight: &'a DenseWeight,
+    width: usize,
+    first_column: usize,
+    add: bool,
 }
 
-impl CustomOp1 for DenseLinear<'_> {
+impl DenseLinear<'_> {
+    const NAME: &'static str = "dense-linear";
+}
+
+impl InplaceOp2 for DenseLinear<'_> {
     fn name(&self) -> &'static str {
-        "dense-linear"
+        Self::NAME
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         let DenseWeight::Cpu(weight) = self.weight;
-        let x = contiguous::<f32>(s, l)?;
-        let tokens = x.len() / weight.cols();
-        let mut out = vec![0.0; tokens * weight.rows()];
-        self.backend.cpu().dense_linear(weight, x, &mut out)?;
-        Ok((CpuStorage::F32(out), Shape::from((tokens, weight.rows()))))
+        let values = output(out, lo)?;
+        let out = OutputColumns { values, width: self.width, first: self.first_column, add: self.add };
+        Ok(self.backend.cpu().dense_linear(weight, contiguous(x, lx)?, out)?)
     }
-
-    no_gpu!((s, l));
-}
-
-struct Embed<'a> {
-    backend: &'a Backend,
-    weight: &'a DenseWeight,
-}
-
-impl CustomOp1 for Embed<'_> {
-    fn name(&self) -> &'static str {
-        "embed"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let DenseWeight::Cpu(weight) = self.weight;
-        let ids = contiguous::<u32>(s, l)?;
-        let mut out = vec![0.0; ids.len() * weight.cols()];
-        self.backend.cpu().embed(weight, ids, &mut out)?;
-        Ok((CpuStorage::F32(out), Shape::from((ids.len(), weight.cols()))))
-    }
-
-    no_gpu!((s, l));
 }

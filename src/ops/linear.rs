@@ -1,72 +1,169 @@
-//! The quantised linear.
+//! The quantised linear, with the norm before it and the gated activation after it.
 
-use super::{Quantized, contiguous, no_gpu};
+use super::{Output, contiguous, expect, expect_norm, matrix, output, shape_error};
 use crate::Result;
-use crate::backend::activation::{QuantizedRows, row_stride};
-use crate::backend::{Backend, TernaryWeight};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+use crate::backend::cpu::{Gate, OutputColumns};
+use crate::backend::{Arrangement, Backend, TernaryWeight};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
-/// `y[t] = W q[t] / s_x[t]`, scaled per stacked weight, plus f32 `residual` `[tokens, rows]` if given: f32
-/// `[tokens, rows]`. Integer accumulators, bit-equal on every kernel.
+/// `y[t] = W q[t] / s_x[t]`, scaled per stacked weight, where `q` and `s_x` quantise each token of f32 `x` `[tokens, cols]`,
+/// after RMSNorm if `norm` (weight f32 `[cols]`, epsilon) is given. Integer accumulators, bit-equal on every kernel; `y` is
+/// rounded once.
 ///
 /// # Errors
-/// [`crate::Error::Layout`] for a weight packed for another kernel; of candle, if shapes do not fit.
-pub fn linear(backend: &Backend, weight: &TernaryWeight, x: &Quantized, residual: Option<&Tensor>) -> Result<Tensor> {
-    if x.cols() != weight.cols() {
-        return Err(crate::Error::Shape {
-            op: "quantized linear",
-            reason: format!("weight has {} input features, the activations {}", weight.cols(), x.cols()),
-        });
-    }
-    let op = Linear { backend, weight };
-    Ok(match residual {
-        None => x.tensor().apply_op1_no_bwd(&op)?,
-        Some(residual) => x.tensor().apply_op2_no_bwd(&residual.contiguous()?, &op)?,
+/// [`crate::Error::Shape`] for operands that do not fit or a weight that is not [`Arrangement::Stacked`]; of candle, wrapping
+/// [`crate::Error::Layout`] for a weight packed for another kernel, and if `out` shares its storage with `x`.
+pub fn norm_linear(
+    backend: &Backend,
+    weight: &TernaryWeight,
+    x: &Tensor,
+    norm: Option<(&Tensor, f32)>,
+    out: Output<'_>,
+) -> Result<()> {
+    const NAME: &str = NormLinear::NAME;
+    let tokens = check(NAME, weight, Arrangement::Stacked, x, norm)?;
+    let width = out.check(NAME, tokens, weight.rows())?;
+    let Output { tensor, first_column, add } = out;
+    let eps = norm.map_or(0.0, |(_, eps)| eps);
+    let op = NormLinear { backend, weight, eps, width, first_column, add };
+    Ok(match norm {
+        None => tensor.inplace_op2(x, &op)?,
+        Some((norm, _)) => tensor.inplace_op3(x, norm, &op)?,
     })
 }
 
-struct Linear<'a> {
+/// `act(gate) · up` with `[gate | up]` as [`norm_linear`] computes it: replaces f32 `out` `[tokens, rows / 2]`.
+///
+/// # Errors
+/// As [`norm_linear`], for a weight that is not [`Arrangement::GateUp`].
+pub fn gated_linear(
+    backend: &Backend,
+    gate: Gate,
+    weight: &TernaryWeight,
+    x: &Tensor,
+    norm: Option<(&Tensor, f32)>,
+    out: &Tensor,
+) -> Result<()> {
+    const NAME: &str = GatedLinear::NAME;
+    let tokens = check(NAME, weight, Arrangement::GateUp, x, norm)?;
+    expect(NAME, "output", out, tokens, weight.rows() / 2)?;
+    let op = GatedLinear { backend, gate, weight, eps: norm.map_or(0.0, |(_, eps)| eps) };
+    Ok(match norm {
+        None => out.inplace_op2(x, &op)?,
+        Some((norm, _)) => out.inplace_op3(x, norm, &op)?,
+    })
+}
+
+/// The tokens, if the operands fit.
+fn check(
+    op: &'static str,
+    weight: &TernaryWeight,
+    arrangement: Arrangement,
+    x: &Tensor,
+    norm: Option<(&Tensor, f32)>,
+) -> Result<usize> {
+    if weight.arrangement() != arrangement {
+        let found = weight.arrangement();
+        return Err(shape_error(op, format!("the weight was packed as {found:?}; {arrangement:?} is needed")));
+    }
+    let (tokens, cols) = matrix(op, "input", x)?;
+    if cols != weight.cols() {
+        let reason = format!("input [{tokens}, {cols}] for a weight of {} input features", weight.cols());
+        return Err(shape_error(op, reason));
+    }
+    norm.map_or(Ok(()), |(norm, _)| expect_norm(op, norm, cols))?;
+    Ok(tokens)
+}
+
+struct NormLinear<'a> {
     backend: &'a Backend,
     weight: &'a TernaryWeight,
+    /// Of the norm, if there is one.
+    eps: f32,
+    width: usize,
+    first_column: usize,
+    add: bool,
 }
 
-impl Linear<'_> {
-    fn run(&self, rows: &[u8], residual: Option<&[f32]>) -> candle_core::Result<(CpuStorage, Shape)> {
+impl NormLinear<'_> {
+    const NAME: &'static str = "norm-linear";
+
+    fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
         let TernaryWeight::Cpu(weight) = self.weight;
-        let x = QuantizedRows::new(rows, weight.cols())?;
-        let tokens = rows.len() / row_stride(weight.cols());
-        let mut out = vec![0.0; tokens * weight.rows()];
-        self.backend.cpu().linear(weight, &x, residual, &mut out)?;
-        Ok((CpuStorage::F32(out), Shape::from((tokens, weight.rows()))))
+        let out = OutputColumns { values: out, width: self.width, first: self.first_column, add: self.add };
+        Ok(self.backend.cpu().norm_linear(weight, x, norm.map(|n| (n, self.eps)), out)?)
     }
 }
 
-impl CustomOp1 for Linear<'_> {
+impl InplaceOp2 for NormLinear<'_> {
     fn name(&self) -> &'static str {
-        "quantized-linear"
+        Self::NAME
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.run(contiguous(s, l)?, None)
+    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        self.run(output(out, lo)?, contiguous(x, lx)?, None)
     }
-
-    no_gpu!((s, l));
 }
 
-impl CustomOp2 for Linear<'_> {
+impl InplaceOp3 for NormLinear<'_> {
     fn name(&self) -> &'static str {
-        "quantized-linear-residual"
+        Self::NAME
     }
 
     fn cpu_fwd(
         &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.run(contiguous(s1, l1)?, Some(contiguous(s2, l2)?))
+        out: &mut CpuStorage,
+        lo: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+        norm: &CpuStorage,
+        ln: &Layout,
+    ) -> candle_core::Result<()> {
+        self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
+    }
+}
+
+struct GatedLinear<'a> {
+    backend: &'a Backend,
+    gate: Gate,
+    weight: &'a TernaryWeight,
+    /// Of the norm, if there is one.
+    eps: f32,
+}
+
+impl GatedLinear<'_> {
+    const NAME: &'static str = "gated-linear";
+
+    fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
+        let TernaryWeight::Cpu(weight) = self.weight;
+        Ok(self.backend.cpu().gated_linear(self.gate, weight, x, norm.map(|n| (n, self.eps)), out)?)
+    }
+}
+
+impl InplaceOp2 for GatedLinear<'_> {
+    fn name(&self) -> &'static str {
+        Self::NAME
     }
 
-    no_gpu!((s1, l1), (s2, l2));
+    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        self.run(output(out, lo)?, contiguous(x, lx)?, None)
+    }
+}
+
+impl InplaceOp3 for GatedLinear<'_> {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        out: &mut CpuStorage,
+        lo: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+        norm: &CpuStorage,
+        ln: &Layout,
+    ) -> candle_core::Result<()> {
+        self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
+    }
 }

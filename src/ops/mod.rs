@@ -1,8 +1,8 @@
-//! The decoder's operations as candle custom ops: the same call on every device, routed by storage.
+//! The decoder's operations as candle in-place ops: the same call on every device, routed by storage.
 //!
-//! Each function checks and prepares its tensors, then applies one custom op whose `cpu_fwd` calls
-//! [`crate::backend::cpu::Cpu`]. Weights live in the op, borrowed, so that a call allocates nothing but its
-//! output. Rows are tokens: any leading dimensions are flattened.
+//! Each writes into a tensor that its caller made, so that a forward pass allocates nothing. A function checks its operands,
+//! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`]; weights live in the op, borrowed. All
+//! tensors are contiguous f32 `[tokens, columns]`, and an output shares no storage with an input.
 
 mod attention;
 mod dense;
@@ -10,17 +10,19 @@ pub mod grad;
 mod linear;
 mod low_rank;
 mod norm;
-mod quantize;
+mod output;
+mod rows;
 
-pub use attention::{AttentionInput, attention, rope};
-pub use dense::{dense_linear, embed};
-pub use linear::linear;
+pub use attention::{AttentionInput, attention};
+pub use dense::dense_linear;
+pub use linear::{gated_linear, norm_linear};
 pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};
-pub use quantize::{Quantized, gated_quantize, norm_quantize, quantize};
+pub use output::Output;
+pub use rows::{embed, select_rows};
 
-use crate::backend::not_built;
-use candle_core::{CpuStorage, Layout, Result, WithDType};
+use crate::Error;
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType};
 
 /// The elements of a contiguous CPU operand.
 pub(crate) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
@@ -39,29 +41,44 @@ pub(crate) fn contiguous_mut<'a, T: WithDType>(values: &'a mut [T], layout: &Lay
     }
 }
 
-/// What `cuda_fwd` and `metal_fwd` answer in a build without kernels for them.
-fn unsupported<T>(device: &'static str) -> Result<T> {
-    Err(not_built(device).into())
+/// The elements of an op's output.
+fn output<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match storage {
+        CpuStorage::F32(values) => contiguous_mut(values, layout),
+        _ => candle_core::bail!("output with shape {:?} is not f32", layout.shape()),
+    }
 }
 
-/// The device methods of an op that this build has no GPU kernels for.
-macro_rules! no_gpu {
-    ($(($s:ident, $l:ident)),+) => {
-        fn cuda_fwd(
-            &self,
-            $($s: &candle_core::CudaStorage, $l: &candle_core::Layout),+
-        ) -> candle_core::Result<(candle_core::CudaStorage, candle_core::Shape)> {
-            let _ = ($($s, $l),+);
-            $crate::ops::unsupported("cuda")
-        }
-
-        fn metal_fwd(
-            &self,
-            $($s: &candle_core::MetalStorage, $l: &candle_core::Layout),+
-        ) -> candle_core::Result<(candle_core::MetalStorage, candle_core::Shape)> {
-            let _ = ($($s, $l),+);
-            $crate::ops::unsupported("metal")
-        }
-    };
+fn shape_error(op: &'static str, reason: String) -> Error {
+    Error::Shape { op, reason }
 }
-use no_gpu;
+
+/// Rows and columns of an operand that is as all of them are.
+fn matrix(op: &'static str, name: &str, tensor: &Tensor) -> crate::Result<(usize, usize)> {
+    match tensor.dims() {
+        [rows, cols] if tensor.dtype() == DType::F32 && tensor.is_contiguous() && *rows > 0 && *cols > 0 => {
+            Ok((*rows, *cols))
+        }
+        dims => {
+            let (dtype, order) = (tensor.dtype(), if tensor.is_contiguous() { "" } else { ", not contiguous" });
+            let reason = format!("{name} is {dtype:?} {dims:?}{order}; contiguous f32 [tokens, columns] is needed");
+            Err(shape_error(op, reason))
+        }
+    }
+}
+
+/// Refuses an operand of another shape than `[rows, cols]`.
+fn expect(op: &'static str, name: &str, tensor: &Tensor, rows: usize, cols: usize) -> crate::Result<()> {
+    match matrix(op, name, tensor)? {
+        found if found == (rows, cols) => Ok(()),
+        found => Err(shape_error(op, format!("{name} is [{}, {}]; [{rows}, {cols}] is needed", found.0, found.1))),
+    }
+}
+
+/// Refuses a norm's weight that is no f32 `[cols]`.
+fn expect_norm(op: &'static str, weight: &Tensor, cols: usize) -> crate::Result<()> {
+    if weight.dims() == [cols] && weight.dtype() == DType::F32 && weight.is_contiguous() {
+        return Ok(());
+    }
+    Err(shape_error(op, format!("norm is {:?} {:?}; f32 [{cols}] is needed", weight.dtype(), weight.dims())))
+}

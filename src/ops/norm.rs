@@ -1,25 +1,32 @@
 //! RMSNorm and gated activations in f32, for what stands before a weight that is not ternary.
 
-use super::{contiguous, no_gpu};
+use super::{contiguous, expect, expect_norm, matrix, output};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Gate;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
-/// `weight · x / sqrt(mean(x²) + eps)` for each token of f32 `x` `[…, cols]`.
+/// `weight · x / sqrt(mean(x²) + eps)` for each token of f32 `x` `[tokens, cols]`: replaces `out`, of the same shape.
 ///
 /// # Errors
-/// Of candle, if shapes or types do not fit.
-pub fn rms_norm(backend: &Backend, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    Ok(x.contiguous()?.apply_op2_no_bwd(weight, &RmsNorm { backend, eps })?)
+/// [`crate::Error::Shape`] for operands that do not fit; of candle, if `out` shares its storage with another.
+pub fn rms_norm(backend: &Backend, x: &Tensor, weight: &Tensor, eps: f32, out: &Tensor) -> Result<()> {
+    const NAME: &str = RmsNorm::NAME;
+    let (tokens, cols) = matrix(NAME, "input", x)?;
+    expect_norm(NAME, weight, cols)?;
+    expect(NAME, "output", out, tokens, cols)?;
+    Ok(out.inplace_op3(x, weight, &RmsNorm { backend, eps })?)
 }
 
-/// `act(gate) · up` of f32 `[…, gate | up]`: f32 `[…, cols]`.
+/// `act(gate) · up` of f32 `gate_up` `[tokens, gate | up]`: replaces `out` `[tokens, cols]`.
 ///
 /// # Errors
-/// Of candle, if shapes or types do not fit.
-pub fn gated(backend: &Backend, gate: Gate, gate_up: &Tensor) -> Result<Tensor> {
-    Ok(gate_up.contiguous()?.apply_op1_no_bwd(&Gated { backend, gate })?)
+/// [`crate::Error::Shape`] for operands that do not fit; of candle, if `out` shares its storage with `gate_up`.
+pub fn gated(backend: &Backend, gate: Gate, gate_up: &Tensor, out: &Tensor) -> Result<()> {
+    const NAME: &str = Gated::NAME;
+    let (tokens, cols) = matrix(NAME, "output", out)?;
+    expect(NAME, "input", gate_up, tokens, 2 * cols)?;
+    Ok(out.inplace_op2(gate_up, &Gated { backend, gate, cols })?)
 }
 
 struct RmsNorm<'a> {
@@ -27,51 +34,45 @@ struct RmsNorm<'a> {
     eps: f32,
 }
 
-impl CustomOp2 for RmsNorm<'_> {
+impl RmsNorm<'_> {
+    const NAME: &'static str = "rms-norm";
+}
+
+impl InplaceOp3 for RmsNorm<'_> {
     fn name(&self) -> &'static str {
-        "rms-norm"
+        Self::NAME
     }
 
     fn cpu_fwd(
         &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = contiguous::<f32>(s1, l1)?;
-        let mut out = vec![0.0; x.len()];
-        self.backend.cpu().rms_norm(x, contiguous(s2, l2)?, self.eps, &mut out)?;
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        out: &mut CpuStorage,
+        lo: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+    ) -> candle_core::Result<()> {
+        let (x, weight) = (contiguous(x, lx)?, contiguous(weight, lw)?);
+        Ok(self.backend.cpu().rms_norm(x, weight, self.eps, output(out, lo)?)?)
     }
-
-    no_gpu!((s1, l1), (s2, l2));
 }
 
 struct Gated<'a> {
     backend: &'a Backend,
     gate: Gate,
+    cols: usize,
 }
 
-impl CustomOp1 for Gated<'_> {
+impl Gated<'_> {
+    const NAME: &'static str = "gated-activation";
+}
+
+impl InplaceOp2 for Gated<'_> {
     fn name(&self) -> &'static str {
-        "gated-activation"
+        Self::NAME
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = contiguous::<f32>(s, l)?;
-        let mut dims = l.dims().to_vec();
-        let cols = match dims.last_mut() {
-            Some(last) => {
-                *last /= 2;
-                *last
-            }
-            None => candle_core::bail!("gated activation of a scalar"),
-        };
-        let mut out = vec![0.0; x.len() / 2];
-        self.backend.cpu().gated(self.gate, x, cols, &mut out)?;
-        Ok((CpuStorage::F32(out), Shape::from(dims)))
+    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        Ok(self.backend.cpu().gated(self.gate, contiguous(x, lx)?, self.cols, output(out, lo)?)?)
     }
-
-    no_gpu!((s, l));
 }

@@ -8,7 +8,7 @@ pub use forward::LoraPrepared;
 use super::parameters::{Kind, Parameter, Parameters};
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::{Gate, KernelKind};
-use crate::backend::{Backend, DenseWeight};
+use crate::backend::{Arrangement, Backend, DenseWeight};
 use crate::checkpoint::adapter::{AdapterConfig, AdapterMatrices, MAX_RANK, tensor_names};
 use crate::model::WeightSource;
 use crate::model::config::{Activation, ModelConfig, Projection};
@@ -321,7 +321,7 @@ impl Loading<'_> {
                 LinearWeight::Dense(_) => None,
             };
             let codes: Vec<_> = weights.into_iter().filter_map(codes).collect();
-            Ok::<_, Error>(FrozenWeight::Ternary(Arc::new(backend.pack(&codes)?)))
+            Ok::<_, Error>(FrozenWeight::Ternary(Arc::new(backend.pack(&codes, Arrangement::Stacked)?)))
         };
         let shared = norms.iter().all(Option::is_none) && weights.iter().all(|w| matches!(w, LinearWeight::Ternary(_)));
         let linears = match shared {

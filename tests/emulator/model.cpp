@@ -20,7 +20,7 @@ using namespace oracle;
 namespace {
 
 struct Config {
-    int hidden, heads, kv_heads, d, ffn, layers, vocab, max_positions, slots, activation, divide;
+    int hidden, heads, kv_heads, d, ffn, layers, vocab, max_positions, slots, activation;
     bool sub_norms;
     float eps = 1e-5f;
     int width() const { return (heads + 2 * kv_heads) * d; }
@@ -37,7 +37,7 @@ struct Layer {
 
 // --- the naive model
 
-std::vector<double> bit_linear(const Ternary& w, const std::vector<double>& x, float scale, int divide) {
+std::vector<double> bit_linear(const Ternary& w, const std::vector<double>& x, float scale) {
     double top = 0;
     for (double v : x) top = std::max(top, std::fabs(v));
     double s = 127 / std::max(top, 1e-5);
@@ -45,7 +45,7 @@ std::vector<double> bit_linear(const Ternary& w, const std::vector<double>& x, f
     for (int r = 0; r < w.rows; ++r) {
         double sum = 0;
         for (int k = 0; k < w.cols; ++k) sum += w.w[size_t(r) * w.cols + k] * std::nearbyint(x[k] * s);
-        y[r] = divide ? sum / s / scale : sum / s * scale;
+        y[r] = sum / s * scale;
     }
     return y;
 }
@@ -86,7 +86,7 @@ struct Naive {
         for (int n = 0; n < c.layers; ++n) {
             const Layer& l = layers[n];
             auto h = norm(x, l.input_norm, c.eps);
-            auto q = bit_linear(l.q, h, l.scale[0], c.divide), kk = bit_linear(l.k, h, l.scale[1], c.divide), vv = bit_linear(l.v, h, l.scale[2], c.divide);
+            auto q = bit_linear(l.q, h, l.scale[0]), kk = bit_linear(l.k, h, l.scale[1]), vv = bit_linear(l.v, h, l.scale[2]);
             rotate(q);
             rotate(kk);
             for (double& y : kk) y = bf16(float(y));
@@ -109,13 +109,13 @@ struct Naive {
                     for (int i = 0; i < c.d; ++i) a[head * c.d + i] += s[p] / sum * v[n][p][g + i];
             }
             if (c.sub_norms) a = norm(a, l.attention_norm, c.eps);
-            auto o = bit_linear(l.o, a, l.scale[3], c.divide);
+            auto o = bit_linear(l.o, a, l.scale[3]);
             for (int i = 0; i < c.hidden; ++i) x[i] += o[i];
             h = norm(x, l.post_norm, c.eps);
-            auto gate = bit_linear(l.gate, h, l.scale[4], c.divide), up = bit_linear(l.up, h, l.scale[5], c.divide);
+            auto gate = bit_linear(l.gate, h, l.scale[4]), up = bit_linear(l.up, h, l.scale[5]);
             for (int i = 0; i < c.ffn; ++i) gate[i] = c.activation == 1 ? gate[i] / (1 + std::exp(-gate[i])) * up[i] : std::max(gate[i], 0.0) * std::max(gate[i], 0.0) * up[i];
             if (c.sub_norms) gate = norm(gate, l.ffn_norm, c.eps);
-            auto down = bit_linear(l.down, gate, l.scale[6], c.divide);
+            auto down = bit_linear(l.down, gate, l.scale[6]);
             for (int i = 0; i < c.hidden; ++i) x[i] += down[i];
         }
         auto h = norm(x, last, c.eps);
@@ -136,13 +136,12 @@ void pack_into(Buffer<unsigned>& packed, const Ternary& t, int row0, int map) {
 std::unique_ptr<Buffer<unsigned>> matrix(int rows_padded, int cols) {
     return std::make_unique<Buffer<unsigned>>(std::vector<unsigned>(size_t(rows_padded) * ((cols + 255) / 256) * 16, 0));
 }
-Scales scales_of(const Config& c, std::initializer_list<int> ends, std::initializer_list<float> values) {
+Scales scales_of(std::initializer_list<int> ends, std::initializer_list<float> values) {
     Scales s;
     for (int& e : s.end) e = 1 << 30;
     std::copy(ends.begin(), ends.end(), s.end);
     std::fill(s.value, s.value + 4, 1.0f);
     std::copy(values.begin(), values.end(), s.value);
-    s.divide = c.divide;
     return s;
 }
 
@@ -199,7 +198,7 @@ struct Device {
         int row_tiles = (n + (gated ? 7 : 15)) / (gated ? 8 : 16);
         LAUNCH(kernel, Grid(unsigned(row_tiles + 7) / 8, unsigned(tokens + 63) / 64), 256, 49152, p);
     }
-    Scales qkv_scales(const Layer& l) { return scales_of(c, {c.heads * c.d, (c.heads + c.kv_heads) * c.d}, {l.scale[0], l.scale[1], l.scale[2]}); }
+    Scales qkv_scales(const Layer& l) { return scales_of({c.heads * c.d, (c.heads + c.kv_heads) * c.d}, {l.scale[0], l.scale[1], l.scale[2]}); }
     void head(float* rows, int tokens) {
         LAUNCH(bitnet_rmsnorm, Grid(unsigned(tokens)), 64, 128, rows, nullptr, last.ptr(), c.eps, tokens, c.hidden, normed.ptr());
         HeadParams p{reinterpret_cast<const uint4*>(table.ptr()), nullptr, normed.ptr(), logits.ptr(), tokens, c.hidden, c.vocab};
@@ -226,9 +225,9 @@ struct Device {
                 LAUNCH(bitnet_prefill_attention_mma_bf16_64, Grid(unsigned(longest + 63) / 64, unsigned(c.heads), unsigned(prompts.size())), 128, size_t(4 * 64 * (2 * 64 + 16)), p);
             else
                 LAUNCH(bitnet_prefill_attention_bf16, Grid(unsigned(longest + 31) / 32, unsigned(c.heads), unsigned(prompts.size())), 128, size_t(64 * (c.d + 4) + 1152) * 4, p);
-            gemm(bitnet_gemm_residual_64, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of(c, {}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
-            gemm(bitnet_gemm_gated_64, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of(c, {}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
-            gemm(bitnet_gemm_residual_64, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of(c, {}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
+            gemm(bitnet_gemm_residual_64, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of({}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
+            gemm(bitnet_gemm_gated_64, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of({}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
+            gemm(bitnet_gemm_residual_64, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of({}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
         }
         auto rows = x.host();
         std::vector<float> picked;
@@ -246,12 +245,14 @@ struct Device {
         for (Layer& l : layers) {
             gemv(bitnet_gemv_norm, *l.qkv_p, x, l.input_norm_b.get(), qkv, qkv_scales(l), tokens, c.width(), c.hidden, false);
             LAUNCH(bitnet_decode_attention_bf16, Grid(unsigned(c.kv_heads * bitnet::head_blocks(c.heads, c.kv_heads)), kSplits, unsigned(tokens)), 128, size_t(bitnet::decode_attention_shared(c.d)), attention_params(l, tokens, kSplits));
-            gemv(bitnet_gemv_norm_residual, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of(c, {}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
-            gemv(bitnet_gemv_norm_gated, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of(c, {}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
-            gemv(bitnet_gemv_norm_residual, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of(c, {}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
+            gemv(bitnet_gemv_norm_residual, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of({}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
+            gemv(bitnet_gemv_norm_gated, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of({}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
+            gemv(bitnet_gemv_norm_residual, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of({}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
         }
         head(x.ptr(), tokens);
-        LAUNCH(bitnet_advance, Grid(1), 32, 0, positions.ptr(), tokens);
+        std::vector<int> next = positions.host();
+        for (int t = 0; t < tokens; ++t) ++next[t];
+        put(positions, next);
     }
 };
 
@@ -264,7 +265,7 @@ void model_suite() {
         c.d = mma ? 64 : r.pick({16, 32, 20});
         c.kv_heads = r.between(1, 2), c.heads = c.kv_heads * r.between(1, mma ? 2 : 6);
         c.hidden = r.pick({64, 120, 264}), c.ffn = r.pick({96, 200, 300}), c.layers = 2, c.vocab = r.between(20, 90);
-        c.slots = 4, c.max_positions = 48, c.activation = r.below(2), c.divide = r.below(2), c.sub_norms = r.below(2);
+        c.slots = 4, c.max_positions = 48, c.activation = r.below(2), c.sub_norms = r.below(2);
         start_case("model hidden " + std::to_string(c.hidden) + " heads " + std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) + " d " + std::to_string(c.d) + " ffn " + std::to_string(c.ffn));
         std::vector<Layer> layers(c.layers);
         auto up = [](int v, int to) { return (v + to - 1) / to * to; };
@@ -279,7 +280,7 @@ void model_suite() {
             l.input_norm = weights(c.hidden), l.attention_norm = weights(c.heads * c.d), l.post_norm = weights(c.hidden), l.ffn_norm = weights(c.ffn);
             for (int i = 0; i < 7; ++i) {
                 float s = (0.7f + r.uniform()) / std::sqrt(float(i == 3 ? c.heads * c.d : i == 6 ? c.ffn : c.hidden));
-                l.scale[i] = c.divide ? 1 / s : s;
+                l.scale[i] = s;
             }
             l.qkv_p = matrix(up(c.width(), 16), c.hidden), l.o_p = matrix(up(c.hidden, 16), c.heads * c.d);
             l.gate_up_p = matrix(up(c.ffn, 8) * 2, c.hidden), l.down_p = matrix(up(c.hidden, 16), c.ffn);

@@ -57,10 +57,8 @@ inline int dot(const Ternary& t, int row, const int8_t* q) {
     for (int k = 0; k < t.cols; ++k) s += int(t.w[size_t(row) * t.cols + k]) * q[k];
     return s;
 }
-inline float dequantise(int acc, float sx, float scale, int divide) {
-    float y = float(acc) / sx;
-    return divide ? y / scale : y * scale;
-}
+// As the CPU backend: the factor in f64, rounded once.
+inline float dequantise(int acc, float sx, float multiplier) { return float(double(acc) * (double(multiplier) / double(sx))); }
 inline float gated(float gate, float up, int activation) {
     if (activation == 1) return float((gate / (1.0f + std::exp(-gate)))) * up;
     float r = gate > 0 ? gate : 0;

@@ -2,7 +2,7 @@
 
 use crate::{CPU, backend, close, flat, tensor};
 use candle_bitnet::backend::attention::{AttentionShape, RopeTable};
-use candle_bitnet::backend::{DenseType, DenseWeight, TernaryWeight};
+use candle_bitnet::backend::{Arrangement, DenseType, DenseWeight, TernaryWeight};
 use candle_bitnet::ops::grad::{self, FrozenWeight, Update, composed};
 use candle_bitnet::ternary::{PackedTernary, Scale};
 use candle_core::{DType, Tensor, Var};
@@ -17,7 +17,7 @@ fn the_frozen_linears_compute_what_inference_does_and_their_gradient_is_that_of_
         let second = PackedTernary::from_weights(rows, cols, &codes, Scale::Divide(3.0)).unwrap();
         let dense: Vec<f32> = first.dequantize().into_iter().chain(second.dequantize()).collect();
         let dense = Tensor::from_vec(dense, (2 * rows, cols), &CPU).unwrap();
-        let packed: TernaryWeight = backend.pack(&[first, second]).unwrap();
+        let packed: TernaryWeight = backend.pack(&[first, second], Arrangement::Stacked).unwrap();
         let x = Var::from_tensor(&tensor(&[tokens, cols], 1)).unwrap();
         let weight = tensor(&[tokens, 2 * rows], 2);
         let got = grad::frozen_linear(&backend, &FrozenWeight::Ternary(Arc::new(packed)), &x).unwrap();
@@ -116,7 +116,7 @@ fn an_adapted_layer_is_the_layer_and_its_updates_with_their_gradients() {
     let (tokens, cols, rows) = (7, 40, [20, 9, 16]);
     let codes: Vec<i8> = (0..45 * cols).map(|i| ((i * i + 3 * i) % 7 % 3) as i8 - 1).collect();
     let ternary = PackedTernary::from_weights(45, cols, &codes, Scale::Multiply(0.21)).unwrap();
-    let weight = FrozenWeight::Ternary(Arc::new(backend.pack(&[ternary]).unwrap()));
+    let weight = FrozenWeight::Ternary(Arc::new(backend.pack(&[ternary], Arrangement::Stacked).unwrap()));
     let update = |first_row: usize, rows: usize, rank: usize, scaling: f32| Update {
         first_row,
         rows,

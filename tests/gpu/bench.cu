@@ -139,6 +139,9 @@ static int8_t* q;
 static int *qsum, *ids, *positions, *slots;
 static unsigned* arrived;
 static unsigned long long* best;
+static SampleSettings* settings;
+static float* adjusted;
+static int* candidates;
 static uint16_t* head_w;
 static uint16_t* embed_w;
 static int sms;
@@ -180,6 +183,9 @@ static void set_up() {
     slots = alloc<int>(t);
     arrived = alloc<unsigned>(4096);
     best = alloc<unsigned long long>(64);
+    settings = alloc<SampleSettings>(8);
+    adjusted = alloc<float>((size_t)8 * kVocab);
+    candidates = alloc<int>((size_t)8 * kVocab);
     head_w = alloc<uint16_t>((size_t)kVocab * kHidden);
     embed_w = head_w;
     fill_bf16<<<1024, 256>>>(head_w, (size_t)kVocab * kHidden, 0.02f, 7);
@@ -249,6 +255,10 @@ static void head_step(int tokens, int per_sm) {
     int size = tokens > 4 ? 8 : tokens > 2 ? 4 : tokens;
     auto k = size == 8 ? bitnet_head_bf16_8 : size == 4 ? bitnet_head_bf16_4 : size == 2 ? bitnet_head_bf16_2 : bitnet_head_bf16_1;
     go(k, dim3(sms * per_sm), 256, (size_t)size * kHidden * 4, p);
+}
+static void sample_step(int tokens) {
+    go(bitnet_sample_prepare, dim3(64, tokens), 256, 64, (const float*)logits, kVocab, (const SampleSettings*)settings, (const unsigned*)nullptr, adjusted, best);
+    go(bitnet_sample_pick, dim3(tokens), 1024, sizeof(PickShared), (const float*)adjusted, kVocab, settings, best, candidates, ids);
 }
 static void step(const Plan& plan, int tokens) {
     go(bitnet_embed_bf16, dim3(tokens), 512, 0, (const void*)embed_w, (const int*)ids, x, kHidden, kVocab);
@@ -419,6 +429,17 @@ int main() {
                 line(("  head, blocks per SM " + std::to_string(per_sm)).c_str(), us, head);
             }
             line("  argmax", graph_time([&] { go(bitnet_argmax, dim3(64, tokens), 256, 64, (const float*)logits, kVocab, best, arrived + 2048, ids); }), tokens * 4.0 * kVocab);
+            for (int cut = 0; cut < 4; ++cut) {
+                std::vector<SampleSettings> set(tokens);
+                for (SampleSettings& s : set) {
+                    s = SampleSettings{1, 0, 0.8f, 1, 0, 1, 0, 0, 0, -1};
+                    if (cut & 1) s.top_k = 50;
+                    if (cut & 2) s.top_p = 0.95f;
+                }
+                OK(cudaMemcpy(settings, set.data(), set.size() * sizeof set[0], cudaMemcpyHostToDevice));
+                const char* names[] = {"  sample", "  sample, top-k", "  sample, top-p", "  sample, top-k and top-p"};
+                line(names[cut], graph_time([&] { sample_step(tokens); }), tokens * 4.0 * kVocab);
+            }
         }
         for (int tokens : {1, 8})
             for (int variant = 0; variant < 6; ++variant) {

@@ -14,7 +14,7 @@
 use super::isa::{Isa, Level, per_isa};
 use super::lanes::{LANES, Stored};
 use super::pool::{Pool, SendPtr};
-use super::with_scratch;
+use super::scratch::with_scratch;
 use crate::backend::DenseType;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::host::AlignedBuffer;

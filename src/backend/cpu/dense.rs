@@ -5,6 +5,7 @@
 
 use super::isa::{Isa, per_isa};
 use super::lanes::{LANES, Stored, sum_lanes};
+use super::output::OutputColumns;
 use super::pool::{Pool, SendPtr};
 use crate::backend::DenseType;
 use crate::backend::host::{AlignedBuffer, MappedFile};
@@ -168,13 +169,21 @@ fn prefetch<E>(w: &[E; SUMS]) {
 }
 
 per_isa! {
-    /// Rows of `w` times all tokens of `x`: `out[t · stride + r]`.
-    pub(super) fn rows_times_tokens<E: Stored>(w: &[E], cols: usize, x: &[f32], stride: usize, out: SendPtr<f32>) {
+    /// Rows of `w` times all tokens of `x`: `out[t · stride + r]`, or that added to it.
+    pub(super) fn rows_times_tokens<E: Stored>(
+        w: &[E],
+        cols: usize,
+        x: &[f32],
+        stride: usize,
+        add: bool,
+        out: SendPtr<f32>,
+    ) {
         let tokens = x.len() / cols;
         let token = |t: usize| &x[t * cols..][..cols];
         let put = |t: usize, r: usize, v: f32| {
             // SAFETY: the caller gives this call the elements t · stride + r for all tokens t and rows r of `w`.
-            unsafe { *out.get().add(t * stride + r) = v }
+            let out = unsafe { &mut *out.get().add(t * stride + r) };
+            *out = if add { *out + v } else { v };
         };
         for (r, row) in w.chunks_exact(cols).enumerate() {
             let mut t = 0;
@@ -190,37 +199,30 @@ per_isa! {
     }
 }
 
-/// `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32.
-pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: &mut [f32]) -> Result<()> {
+/// `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32, or that added to it.
+pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: OutputColumns<'_>) -> Result<()> {
     let tokens = x.len() / w.cols;
-    if x.len() != tokens * w.cols || out.len() != tokens * w.rows || tokens == 0 {
-        return Err(Error::Shape {
-            op: "dense linear",
-            reason: format!(
-                "weight [{}, {}], input {} elements, output {} elements",
-                w.rows,
-                w.cols,
-                x.len(),
-                out.len()
-            ),
-        });
+    if x.len() != tokens * w.cols {
+        let reason = format!("weight [{}, {}], input of {} elements", w.rows, w.cols, x.len());
+        return Err(Error::Shape { op: "dense linear", reason });
     }
-    fn typed<E: Stored>(isa: Isa, pool: &Pool, m: &CpuDense, x: &[f32], out: &mut [f32]) {
+    let (width, add) = (out.width, out.add);
+    let out = out.begin("dense linear", tokens, w.rows)?;
+    fn typed<E: Stored>(isa: Isa, pool: &Pool, m: &CpuDense, x: &[f32], width: usize, add: bool, base: SendPtr<f32>) {
         let weights: &[E] = bytemuck::cast_slice(m.bytes());
-        let base = SendPtr(out.as_mut_ptr());
         pool.run(m.rows.div_ceil(TASK_ROWS), &|task| {
             let first = task * TASK_ROWS;
             let count = TASK_ROWS.min(m.rows - first);
             // SAFETY: first < rows; this task alone writes the columns first … first + count of every token,
-            // all inside `out` by the shape check.
+            // all inside the output by the check of `begin`.
             let out = SendPtr(unsafe { base.get().add(first) });
-            rows_times_tokens::<E>(isa, &weights[first * m.cols..][..count * m.cols], m.cols, x, m.rows, out);
+            rows_times_tokens::<E>(isa, &weights[first * m.cols..][..count * m.cols], m.cols, x, width, add, out);
         });
     }
     match w.dtype {
-        DenseType::F32 => typed::<f32>(isa, pool, w, x, out),
-        DenseType::F16 => typed::<f16>(isa, pool, w, x, out),
-        DenseType::BF16 => typed::<bf16>(isa, pool, w, x, out),
+        DenseType::F32 => typed::<f32>(isa, pool, w, x, width, add, out),
+        DenseType::F16 => typed::<f16>(isa, pool, w, x, width, add, out),
+        DenseType::BF16 => typed::<bf16>(isa, pool, w, x, width, add, out),
     }
     Ok(())
 }
@@ -258,10 +260,11 @@ mod tests {
                 let mut first = None;
                 for isa in Isa::available() {
                     let mut out = vec![0.0; tokens * rows];
-                    dense_linear(isa, &pool, &m, &x, &mut out).unwrap();
+                    dense_linear(isa, &pool, &m, &x, OutputColumns::whole(&mut out, rows)).unwrap();
                     for t in 0..tokens {
                         let mut alone = vec![0.0; rows];
-                        dense_linear(isa, &pool, &m, &x[t * cols..][..cols], &mut alone).unwrap();
+                        let columns = OutputColumns::whole(&mut alone, rows);
+                        dense_linear(isa, &pool, &m, &x[t * cols..][..cols], columns).unwrap();
                         prop_assert_eq!(&alone[..], &out[t * rows..][..rows]);
                         for r in 0..rows {
                             let terms = (0..cols).map(|k| f64::from(wide[r * cols + k]) * f64::from(x[t * cols + k]));

@@ -2,7 +2,9 @@
 
 use super::isa::{Isa, per_isa};
 use super::kernel::{MAX_TOKENS, TernaryKernel};
-use super::pool::{Pool, SendPtr};
+use super::output::OutputColumns;
+use super::pool::Pool;
+use super::scratch::grown;
 use super::tiles::{CpuTernary, LINE_BYTES, TILE_ROWS};
 use crate::backend::activation::QuantizedRows;
 use crate::{Error, Result};
@@ -13,24 +15,25 @@ const TASK_BYTES: usize = 128 << 10;
 const TASK_TILES: usize = 16;
 
 per_isa! {
-    /// `out = (sums − Σq) · factor`, rounded once; plus the residual if there is one.
+    /// `out = (sums − Σq) · factor`, rounded once; or that added to `out`.
     ///
     /// Two roundings in f32 (`/ s_x`, `· scale`) would be errors of two units in the last place in queries and
     /// keys, which the softmax multiplies by the size of the scores; the f64 product also beats the division.
-    fn finish(sums: &[i32], q_sum: i32, factor: f64, residual: Option<&[f32]>, out: &mut [f32]) {
-        for (o, acc) in out.iter_mut().zip(sums) {
-            *o = (f64::from(acc - q_sum) * factor) as f32;
-        }
-        if let Some(residual) = residual {
-            for (o, r) in out.iter_mut().zip(residual) {
-                *o += r;
+    fn finish(sums: &[i32], q_sum: i32, factor: f64, add: bool, out: &mut [f32]) {
+        let value = |acc: &i32| (f64::from(acc - q_sum) * factor) as f32;
+        if add {
+            for (o, acc) in out.iter_mut().zip(sums) {
+                *o += value(acc);
+            }
+        } else {
+            for (o, acc) in out.iter_mut().zip(sums) {
+                *o = value(acc);
             }
         }
     }
 }
 
-/// `out[t][row] = Σ_k q[t][k] · w[row][k] / s_x[t] · scale(row)`, plus `residual[t][row]`.
-#[allow(clippy::too_many_arguments)]
+/// `out[t][row] = Σ_k q[t][k] · w[row][k] / s_x[t] · scale(row)`, or that added to it.
 pub(super) fn linear(
     kernel: &dyn TernaryKernel,
     isa: Isa,
@@ -38,8 +41,7 @@ pub(super) fn linear(
     panel: &mut Vec<i32>,
     w: &CpuTernary,
     x: &QuantizedRows,
-    residual: Option<&[f32]>,
-    out: &mut [f32],
+    out: OutputColumns<'_>,
 ) -> Result<()> {
     if w.layout() != kernel.layout() {
         return Err(Error::Layout {
@@ -49,30 +51,21 @@ pub(super) fn linear(
         });
     }
     let (tokens, rows) = (x.rows(), w.rows());
-    let fits = x.cols() == w.cols() && out.len() == tokens * rows && residual.is_none_or(|r| r.len() == out.len());
-    if !fits {
-        return Err(Error::Shape {
-            op: "quantized linear",
-            reason: format!(
-                "weight [{rows}, {}], input [{tokens}, {}], output {} elements, residual {:?}",
-                w.cols(),
-                x.cols(),
-                out.len(),
-                residual.map(<[f32]>::len)
-            ),
-        });
+    if x.cols() != w.cols() {
+        let reason = format!("weight [{rows}, {}], input [{tokens}, {}]", w.cols(), x.cols());
+        return Err(Error::Shape { op: "quantized linear", reason });
     }
+    let (width, add) = (out.width, out.add);
+    let out = out.begin("quantized linear", tokens, rows)?;
     let tile_bytes = w.groups() * LINE_BYTES;
-    let out = SendPtr(out.as_mut_ptr());
     // Rows `at` of token `t`: every (tile, token) is written by exactly one task.
     let write = |t: usize, tile: usize, sums: &[i32]| {
         let (scale, at) = w.tile_rows(tile);
-        let (start, len) = (t * rows + at.start, at.len());
-        // SAFETY: at.end <= rows and t < tokens, so the range lies inside `out`, which is borrowed mutably for
-        // the whole call; ranges of different (tile, token) do not overlap.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(start), len) };
-        let factor = scale.factor(x.scale(t));
-        finish(isa, &sums[..len], x.sum(t), factor, residual.map(|r| &r[start..start + len]), out);
+        let len = at.len();
+        // SAFETY: at.end <= rows and t < tokens, so the range lies inside the output (checked by `begin`), which is
+        // borrowed mutably for the whole call; ranges of different (tile, token) do not overlap.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(t * width + at.start), len) };
+        finish(isa, &sums[..len], x.sum(t), scale.factor(x.scale(t)), add, out);
     };
     if tokens == 1 {
         let per_task = (TASK_BYTES / tile_bytes).clamp(1, TASK_TILES);
@@ -89,7 +82,7 @@ pub(super) fn linear(
         return Ok(());
     }
     let words = 4 * w.groups();
-    panel.resize(tokens * words, 0);
+    let panel = grown(panel, tokens * words);
     pool.for_each_chunk(panel, MAX_TOKENS * words, |i, panel| {
         let (first, count) = (i * MAX_TOKENS, panel.len() / words);
         for t in 0..count {
@@ -99,7 +92,7 @@ pub(super) fn linear(
             }
         }
     });
-    let panel = &**panel;
+    let panel = &*panel;
     pool.run(w.tiles().div_ceil(2), &|task| {
         let first = 2 * task;
         let count = 2.min(w.tiles() - first);

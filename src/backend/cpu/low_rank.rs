@@ -206,7 +206,7 @@ pub(super) fn low_rank(
         // SAFETY: this task alone writes the columns first … first + count of this update for these tokens, which lie
         // inside `inner`, as first + count ≤ rank and token + tokens is at most the number of tokens.
         let out = SendPtr(unsafe { base.get().add(token * width + starts[update] + first) });
-        rows_times_tokens::<f32>(isa, a, cols, &x[token * cols..][..tokens * cols], width, out);
+        rows_times_tokens::<f32>(isa, a, cols, &x[token * cols..][..tokens * cols], width, false, out);
     });
     let base = SendPtr(out.as_mut_ptr());
     let up = jobs(updates.len(), |u| updates[u].1.rows.div_ceil(BLOCK), TASK_BLOCKS, tokens);

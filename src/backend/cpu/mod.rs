@@ -13,7 +13,9 @@ mod lanes;
 mod linear;
 mod low_rank;
 mod norm;
+mod output;
 mod pool;
+mod scratch;
 mod simd;
 #[cfg(test)]
 mod suite;
@@ -27,17 +29,19 @@ pub use dense::CpuDense;
 pub use kernel::{KernelKind, TernaryKernel};
 pub use low_rank::CpuLowRank;
 pub use norm::Gate;
+pub use output::OutputColumns;
 pub use pool::Pool;
 pub use tiles::{CpuTernary, MAX_COLS, Segment};
 
 use super::activation::{QuantizedRows, row_stride};
 use super::attention::{AttentionShape, RopeTable, RowPosition};
 use super::host;
+use super::layout::Arrangement;
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use isa::Isa;
-use std::cell::RefCell;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use scratch::{Scratch, grown, with_scratch};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Most threads that `--threads` accepts.
 pub const MAX_THREADS: usize = 1024;
@@ -60,8 +64,8 @@ pub struct Cpu {
     kernel: Box<dyn TernaryKernel>,
     isa: Isa,
     pool: Pool,
-    /// Interleaved activations of the prefill in progress.
-    panel: Mutex<Vec<i32>>,
+    /// Buffers of the quantised linear in progress.
+    scratch: Mutex<Scratch>,
 }
 
 impl Cpu {
@@ -94,7 +98,7 @@ impl Cpu {
         #[cfg(not(target_arch = "x86_64"))]
         let isa = None;
         let isa = isa.unwrap_or_else(Isa::portable);
-        Ok(Self { kind, kernel, isa, pool: Pool::new(threads), panel: Mutex::default() })
+        Ok(Self { kind, kernel, isa, pool: Pool::new(threads), scratch: Mutex::default() })
     }
 
     /// The backend that is used where nobody chose one: fastest kernel, physical cores.
@@ -124,8 +128,8 @@ impl Cpu {
     ///
     /// # Errors
     /// As [`CpuTernary::pack`]; [`Error::SelfCheck`] if the kernel and the reference disagree.
-    pub fn pack(&self, weights: &[PackedTernary]) -> Result<CpuTernary> {
-        let packed = CpuTernary::pack(weights, &self.pool)?;
+    pub fn pack(&self, weights: &[PackedTernary], arrangement: Arrangement) -> Result<CpuTernary> {
+        let packed = CpuTernary::pack(weights, arrangement, &self.pool)?;
         self.check(&packed)?;
         Ok(packed)
     }
@@ -160,13 +164,61 @@ impl Cpu {
         }
     }
 
-    /// Quantised linear: `out[t] = W q[t] / s_x[t]`, scaled per segment, plus `residual[t]`.
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `W · quantise(x)` of rows of f32 `x`, after RMSNorm if `norm` (weight, epsilon) is given: rows of `w.rows()` outputs,
+    /// replaced or added to.
     ///
     /// # Errors
     /// [`Error::Layout`] for a weight packed for another kernel, [`Error::Shape`] for operands that do not fit.
-    pub fn linear(&self, w: &CpuTernary, x: &QuantizedRows, residual: Option<&[f32]>, out: &mut [f32]) -> Result<()> {
-        let mut panel = self.panel.lock().unwrap_or_else(PoisonError::into_inner);
-        linear::linear(&*self.kernel, self.isa, &self.pool, &mut panel, w, x, residual, out)
+    pub fn norm_linear(
+        &self,
+        w: &CpuTernary,
+        x: &[f32],
+        norm: Option<(&[f32], f32)>,
+        out: OutputColumns<'_>,
+    ) -> Result<()> {
+        let Scratch { rows, panel, .. } = &mut *self.scratch();
+        let rows = grown(rows, x.len() / w.cols() * row_stride(w.cols()));
+        self.quantize(x, w.cols(), norm, rows)?;
+        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &QuantizedRows::new(rows, w.cols())?, out)
+    }
+
+    /// `act(gate) · up` with `[gate | up] = W · quantise(x)`, as [`Cpu::norm_linear`]: rows of half of `w.rows()` outputs.
+    ///
+    /// # Errors
+    /// As [`Cpu::norm_linear`]; [`Error::Shape`] for a weight that is not [`Arrangement::GateUp`].
+    pub fn gated_linear(
+        &self,
+        gate: Gate,
+        w: &CpuTernary,
+        x: &[f32],
+        norm: Option<(&[f32], f32)>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        if w.arrangement() != Arrangement::GateUp {
+            let reason = "the weight is no gate and up packed for each other".into();
+            return Err(Error::Shape { op: "gated linear", reason });
+        }
+        let Scratch { rows, panel, gate_up } = &mut *self.scratch();
+        let tokens = x.len() / w.cols();
+        let rows = grown(rows, tokens * row_stride(w.cols()));
+        self.quantize(x, w.cols(), norm, rows)?;
+        let gate_up = grown(gate_up, tokens * w.rows());
+        let x = QuantizedRows::new(rows, w.cols())?;
+        let columns = OutputColumns::whole(gate_up, w.rows());
+        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, columns)?;
+        self.gated(gate, gate_up, w.rows() / 2, out)
+    }
+
+    /// Quantised linear: `out[t] = W q[t] / s_x[t]`, scaled per segment, or that added to it.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for a weight packed for another kernel, [`Error::Shape`] for operands that do not fit.
+    pub fn linear(&self, w: &CpuTernary, x: &QuantizedRows, out: OutputColumns<'_>) -> Result<()> {
+        linear::linear(&*self.kernel, self.isa, &self.pool, &mut self.scratch().panel, w, x, out)
     }
 
     /// Quantises rows of `cols` activations, after RMSNorm if `norm` (weight, epsilon) is given.
@@ -189,39 +241,6 @@ impl Cpu {
                     with_scratch(cols, |scratch| norm::norm_quantize(self.isa, x, weight, eps, scratch, row))
                 }
             }
-        });
-        Ok(())
-    }
-
-    /// The gated activation of `[gate | up]` rows of `2 · cols`, then [`Cpu::quantize`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for operands that do not fit.
-    pub fn gated_quantize(
-        &self,
-        gate: Gate,
-        gate_up: &[f32],
-        cols: usize,
-        norm: Option<(&[f32], f32)>,
-        out: &mut [u8],
-    ) -> Result<()> {
-        let fits = cols > 0
-            && gate_up.len().is_multiple_of(2 * cols)
-            && out.len() == gate_up.len() / (2 * cols) * row_stride(cols)
-            && norm.is_none_or(|(w, _)| w.len() == cols);
-        if !fits {
-            return Err(shape_error("gated activation", gate_up.len(), cols, out.len()));
-        }
-        self.each_row(out, row_stride(cols), |t, row| {
-            let (g, up) = gate_up[2 * t * cols..][..2 * cols].split_at(cols);
-            with_scratch(2 * cols, |scratch| {
-                let (h, normed) = scratch.split_at_mut(cols);
-                norm::gated(self.isa, gate, g, up, h);
-                match norm {
-                    None => norm::quantize(self.isa, h, row),
-                    Some((weight, eps)) => norm::norm_quantize(self.isa, h, weight, eps, normed, row),
-                }
-            });
         });
         Ok(())
     }
@@ -254,11 +273,11 @@ impl Cpu {
         Ok(())
     }
 
-    /// Dense product: `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32, `out` is `[tokens, rows]`.
+    /// Dense product: `out[t][r] = Σ_k w[r][k] · x[t][k]` in f32, or that added to it.
     ///
     /// # Errors
     /// [`Error::Shape`] for operands that do not fit.
-    pub fn dense_linear(&self, w: &CpuDense, x: &[f32], out: &mut [f32]) -> Result<()> {
+    pub fn dense_linear(&self, w: &CpuDense, x: &[f32], out: OutputColumns<'_>) -> Result<()> {
         dense::dense_linear(self.isa, &self.pool, w, x, out)
     }
 
@@ -296,30 +315,18 @@ impl Cpu {
         Ok(())
     }
 
-    /// Rotates rows of `heads` heads; row t stands at `positions[t]`.
+    /// Copies rows `rows` of rows of `cols` elements.
     ///
     /// # Errors
-    /// [`Error::Shape`] for operands that do not fit, [`Error::ContextFull`] for a position outside the table.
-    pub fn rope(&self, x: &[f32], positions: &[usize], table: &RopeTable, out: &mut [f32]) -> Result<()> {
-        let dim = 2 * table.half_dim();
-        let cols = x.len() / positions.len().max(1);
-        if dim == 0
-            || cols == 0
-            || x.len() != positions.len() * cols
-            || !cols.is_multiple_of(dim)
-            || out.len() != x.len()
-        {
-            return Err(shape_error("rope", x.len(), cols, out.len()));
+    /// [`Error::Shape`] for operands that do not fit or a row that does not exist.
+    pub fn select_rows(&self, x: &[f32], cols: usize, rows: &[u32], out: &mut [f32]) -> Result<()> {
+        let fits = cols > 0 && x.len().is_multiple_of(cols) && out.len() == rows.len() * cols;
+        if !fits || rows.iter().any(|row| *row as usize >= x.len() / cols) {
+            return Err(shape_error("select_rows", x.len(), cols, out.len()));
         }
-        if let Some(p) = positions.iter().find(|p| **p >= table.positions()) {
-            return Err(Error::ContextFull { needed: p + 1, available: table.positions() });
+        for (row, out) in rows.iter().zip(out.chunks_exact_mut(cols)) {
+            out.copy_from_slice(&x[*row as usize * cols..][..cols]);
         }
-        self.each_row(out, cols, |t, out| {
-            let (cos, sin) = table.at(positions[t]);
-            for (x, out) in x[t * cols..][..cols].chunks_exact(dim).zip(out.chunks_exact_mut(dim)) {
-                attention::rotate(x, cos, sin, out);
-            }
-        });
         Ok(())
     }
 
@@ -355,15 +362,4 @@ impl Cpu {
 
 fn shape_error(op: &'static str, input: usize, cols: usize, output: usize) -> Error {
     Error::Shape { op, reason: format!("{input} elements in rows of {cols} do not fit an output of {output}") }
-}
-
-/// A per-thread buffer that is allocated once and grows to the widest row.
-fn with_scratch(len: usize, f: impl FnOnce(&mut [f32])) {
-    thread_local!(static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
-    SCRATCH.with_borrow_mut(|s| {
-        if s.len() < len {
-            s.resize(len, 0.0);
-        }
-        f(&mut s[..len]);
-    });
 }

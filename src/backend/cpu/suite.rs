@@ -3,8 +3,10 @@
 use super::generic::Generic;
 use super::kernel::{MAX_TOKENS, TernaryKernel};
 use super::linear::linear;
+use super::output::OutputColumns;
 use super::pool::Pool;
 use super::tiles::CpuTernary;
+use crate::backend::Arrangement;
 use crate::backend::activation::{QuantizedRows, row_stride, write_trailer};
 use crate::ternary::{PackedTernary, Scale};
 use proptest::prelude::*;
@@ -83,10 +85,11 @@ fn check(kernel: &dyn TernaryKernel, pool: &Pool, case: &Case) -> Result<(), Tes
         write_trailer(&mut row[stride - 16..], 1.0, sum);
     }
     let x = QuantizedRows::new(&bytes, case.cols).unwrap();
-    let packed = CpuTernary::pack(&weights, pool).unwrap();
+    let packed = CpuTernary::pack(&weights, Arrangement::Stacked, pool).unwrap();
     let mut out = vec![f32::NAN; case.tokens * packed.rows()];
     let isa = super::isa::Isa::portable();
-    linear(kernel, isa, pool, &mut Vec::new(), &packed, &x, None, &mut out).unwrap();
+    let columns = OutputColumns::whole(&mut out, packed.rows());
+    linear(kernel, isa, pool, &mut Vec::new(), &packed, &x, columns).unwrap();
     for t in 0..case.tokens {
         let mut at = t * packed.rows();
         for w in &weights {
@@ -155,10 +158,11 @@ fn a_kernel_refuses_another_layout() {
     }
     let pool = Pool::new(1);
     let w = PackedTernary::from_weights(1, 1, &[1], Scale::Multiply(1.0)).unwrap();
-    let packed = CpuTernary::pack(&[w], &pool).unwrap();
+    let packed = CpuTernary::pack(&[w], Arrangement::Stacked, &pool).unwrap();
     let bytes = vec![0; row_stride(1)];
     let x = QuantizedRows::new(&bytes, 1).unwrap();
     let isa = super::isa::Isa::portable();
-    let err = linear(&Other, isa, &pool, &mut Vec::new(), &packed, &x, None, &mut [0.0]).unwrap_err();
+    let err =
+        linear(&Other, isa, &pool, &mut Vec::new(), &packed, &x, OutputColumns::whole(&mut [0.0], 1)).unwrap_err();
     assert!(matches!(err, crate::Error::Layout { kernel: "other", found: "cpu-rows16", .. }), "{err}");
 }

@@ -13,7 +13,7 @@
 //! bits all read the same line. Rows and columns are padded with code 0 against activations 0.
 
 use crate::backend::host::AlignedBuffer;
-use crate::backend::layout::LayoutId;
+use crate::backend::layout::{Arrangement, LayoutId};
 use crate::ternary::{PackedTernary, Scale, transpose4x4};
 use crate::{Error, Result};
 
@@ -45,6 +45,7 @@ pub struct Segment {
 #[derive(Debug)]
 pub struct CpuTernary {
     layout: LayoutId,
+    arrangement: Arrangement,
     cols: usize,
     rows: usize,
     tiles: usize,
@@ -53,11 +54,12 @@ pub struct CpuTernary {
 }
 
 impl CpuTernary {
-    /// Packs `weights`, stacked in this order, in parallel.
+    /// Packs `weights`, stacked in this order, in parallel; the bytes are the same in every arrangement.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is none, their columns differ or exceed [`MAX_COLS`].
-    pub fn pack(weights: &[PackedTernary], pool: &Pool) -> Result<Self> {
+    /// [`Error::Shape`] if there is none, their columns differ or exceed [`MAX_COLS`], or as [`Arrangement::check`].
+    pub fn pack(weights: &[PackedTernary], arrangement: Arrangement, pool: &Pool) -> Result<Self> {
+        arrangement.check(weights)?;
         let shape_error = |reason| Error::Shape { op: "pack", reason };
         let Some(cols) = weights.first().map(PackedTernary::cols) else {
             return Err(shape_error("no weight to pack".into()));
@@ -81,12 +83,17 @@ impl CpuTernary {
             let segment = owner(tile);
             pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
         });
-        Ok(Self { layout: LayoutId::CpuRows16, cols, rows, tiles, segments, data })
+        Ok(Self { layout: LayoutId::CpuRows16, arrangement, cols, rows, tiles, segments, data })
     }
 
     /// Layout of the packed bytes.
     pub fn layout(&self) -> LayoutId {
         self.layout
+    }
+
+    /// What the weights were packed for.
+    pub fn arrangement(&self) -> Arrangement {
+        self.arrangement
     }
 
     /// Input features.
@@ -191,7 +198,7 @@ mod tests {
             };
             let weights: Vec<PackedTernary> = rows.into_iter().enumerate().map(weight).collect();
             let want: Vec<f32> = weights.iter().flat_map(|w| w.dequantize()).collect();
-            let packed = CpuTernary::pack(&weights, &pool).unwrap();
+            let packed = CpuTernary::pack(&weights, Arrangement::Stacked, &pool).unwrap();
             let mut all = vec![0.0; want.len()];
             packed.dequantize_rows(0..packed.rows(), &mut all).unwrap();
             assert_eq!(all, want);

@@ -1,5 +1,6 @@
 //! The sampler against an oracle that sorts, in f64.
 
+use super::super::{MarksHeld, TokenMark};
 use super::*;
 use proptest::prelude::*;
 
@@ -269,4 +270,60 @@ fn buffers_are_reused() {
         sampler.sample(&logits).unwrap();
     }
     assert_eq!(before, [sampler.scores.as_ptr(), sampler.weights.as_ptr(), sampler.candidates.as_ptr().cast()]);
+}
+
+#[test]
+fn what_a_device_needs() {
+    let params = SamplingParams { temperature: 0.7, top_k: usize::MAX, presence_penalty: 0.5, seed: 9, ..neutral() };
+    let mut sampler = Sampler::new(&params, 10);
+    let plan = sampler.on_device().unwrap();
+    assert_eq!((plan.temperature, plan.top_k, plan.seed, plan.draw), (0.7, u32::MAX, 9, 0));
+    assert!(plan.has_penalties() && !plan.is_argmax());
+    sampler.sample(&[0.0; 10]).unwrap();
+    assert_eq!(sampler.drawn(3), Some(Sampled { token: 3, logprob: None }));
+    assert_eq!((sampler.drawn(-1), sampler.drawn(10)), (None, None));
+    assert_eq!(sampler.on_device().unwrap().draw, 2);
+    for greedy in [SamplingParams { temperature: 0.0, ..neutral() }, SamplingParams { top_k: 1, ..neutral() }] {
+        assert!(Sampler::new(&greedy, 10).on_device().unwrap().is_argmax());
+        let penalty = SamplingParams { frequency_penalty: 0.1, ..greedy };
+        assert!(!Sampler::new(&penalty, 10).on_device().unwrap().is_argmax());
+    }
+    for host in
+        [SamplingParams { logprobs: true, ..neutral() }, SamplingParams { logit_bias: vec![(1, 2.0)], ..neutral() }]
+    {
+        assert_eq!(Sampler::new(&host, 10).on_device(), None);
+    }
+}
+
+#[test]
+fn a_device_follows_the_marks() {
+    const SEEN: u32 = 1 << 31;
+    let params = SamplingParams { repetition_penalty: 1.2, ..neutral() };
+    let mut sampler = Sampler::new(&params, 10);
+    sampler.observe_prompt(&[5, 2, 5, 77]);
+    sampler.accept(2);
+    let (mut held, mut marks) = (MarksHeld::default(), vec![]);
+    let mark = |token, mark| TokenMark { token, mark };
+    assert!(sampler.marks_since(&mut held, &mut marks), "the device knows nothing");
+    assert_eq!(marks, [mark(2, SEEN + 1), mark(5, SEEN)]);
+    assert!(!sampler.marks_since(&mut held, &mut marks));
+    assert_eq!(marks, []);
+    for token in [5, 1, 5] {
+        sampler.accept(token);
+    }
+    let mut twin = sampler.clone();
+    twin.accept(9);
+    let before = held;
+    assert!(!sampler.marks_since(&mut held, &mut marks));
+    assert_eq!(marks, [mark(1, SEEN + 1), mark(5, SEEN + 2)]);
+    // Another sequence, even one that began as this, needs everything.
+    held = before;
+    assert!(twin.marks_since(&mut held, &mut marks));
+    assert_eq!(marks, [mark(1, SEEN + 1), mark(2, SEEN + 1), mark(5, SEEN + 2), mark(9, SEEN + 1)]);
+    assert!(sampler.marks_since(&mut held, &mut marks) && marks.len() == 3);
+    // Without penalties there is nothing to hold.
+    let mut free = Sampler::new(&neutral(), 10);
+    free.accept(3);
+    free.marks_since(&mut held, &mut marks);
+    assert_eq!(marks, []);
 }

@@ -1,7 +1,7 @@
 //! Linear layers whose weight stays as it is stored, ternary or dense, with the gradient to their input.
 
 use super::{f32_storage, require_f32, tensor_like, with_values};
-use crate::backend::activation::{QuantizedRows, row_stride};
+use crate::backend::cpu::OutputColumns;
 use crate::backend::cpu::autograd::{Matrix, matmul};
 use crate::backend::{Backend, DenseWeight, TernaryWeight};
 use crate::ops::contiguous;
@@ -58,18 +58,16 @@ impl FrozenWeight {
     /// `W · quantise(x)` or `W · x` of rows of `x`, by inference's kernels.
     pub(super) fn product(&self, backend: &Backend, x: &[f32]) -> Result<Vec<f32>> {
         let (rows, cols) = (self.rows(), self.cols());
-        let (tokens, cpu) = (x.len() / cols, backend.cpu());
-        let mut out = vec![0.0; tokens * rows];
+        let mut out = vec![0.0; x.len() / cols * rows];
+        let (cpu, columns) = (backend.cpu(), OutputColumns::whole(&mut out, rows));
         match self {
             Self::Ternary(w) => {
                 let TernaryWeight::Cpu(w) = &**w;
-                let mut q = vec![0; tokens * row_stride(cols)];
-                cpu.quantize(x, cols, None, &mut q)?;
-                cpu.linear(w, &QuantizedRows::new(&q, cols)?, None, &mut out)?;
+                cpu.norm_linear(w, x, None, columns)?;
             }
             Self::Dense(w) => {
                 let DenseWeight::Cpu(w) = &**w;
-                cpu.dense_linear(w, x, &mut out)?;
+                cpu.dense_linear(w, x, columns)?;
             }
         }
         Ok(out)

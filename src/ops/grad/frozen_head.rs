@@ -2,7 +2,7 @@
 //! that have a target.
 
 use super::{FrozenWeight, f32_storage, require_f32, tensor_like};
-use crate::backend::cpu::autograd;
+use crate::backend::cpu::{OutputColumns, autograd};
 use crate::backend::{Backend, DenseWeight};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
@@ -68,7 +68,7 @@ impl CustomOp1 for FrozenCrossEntropy {
             for (x, (row, _)) in x.chunks_exact_mut(cols).zip(rows) {
                 x.copy_from_slice(&hidden[row * cols..][..cols]);
             }
-            self.backend.cpu().dense_linear(weight, x, logits)?;
+            self.backend.cpu().dense_linear(weight, x, OutputColumns::whole(logits, vocab))?;
             for (logits, (_, target)) in logits.chunks_exact_mut(vocab).zip(rows) {
                 loss += autograd::cross_entropy(logits, *target);
             }

@@ -2,9 +2,10 @@
 
 use super::{Frozen, LoraModel, Part, Site};
 use crate::backend::Backend;
+use crate::backend::attention::RowPosition;
 use crate::backend::cpu::CpuOptions;
-use crate::ops;
 use crate::ops::grad::{self, FrozenWeight, Update};
+use crate::ops::{self, Output};
 use crate::train::decoder::{Batch, Regularization};
 use crate::train::parameters::Parameters;
 use crate::train::trainer::Trainable;
@@ -45,7 +46,10 @@ impl<'a> LoraPrepared<'a> {
     pub fn logits(&self, tokens: &[u32], length: usize) -> Result<Tensor> {
         let pass = self.pass(Regularization::default())?;
         let hidden = pass.hidden(tokens, length)?;
-        ops::dense_linear(&pass.backend, &self.model.head, &hidden)
+        let head = &self.model.head;
+        let logits = Tensor::zeros((hidden.dim(0)?, head.rows()), DType::F32, &Device::Cpu)?;
+        ops::dense_linear(&pass.backend, head, &hidden, Output::replace(&logits))?;
+        Ok(logits)
     }
 
     /// Sum of the cross-entropy over all targets, in nats: a scalar that gradients can be taken of. Dropout is that of
@@ -79,8 +83,11 @@ impl Pass<'_> {
         if length == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(length) {
             return Err(Error::request("batch", format!("{} tokens in sequences of {length}", tokens.len())));
         }
-        let ids = Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?;
-        let mut x = ops::embed(backend, &model.embedding, &ids)?;
+        let mut batch = backend.batch(tokens.len())?;
+        let row = |t: usize| RowPosition { slot: t / length, position: t % length };
+        batch.set(tokens, &(0..tokens.len()).map(row).collect::<Vec<_>>())?;
+        let mut x = Tensor::zeros((tokens.len(), config.hidden_size), DType::F32, &Device::Cpu)?;
+        ops::embed(backend, &model.embedding, &batch, &x)?;
         let eps = config.rms_norm_eps;
         let normed = |x: Tensor, weight: &Option<Tensor>| match weight {
             None => Ok(x),

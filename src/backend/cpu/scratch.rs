@@ -1,0 +1,28 @@
+//! Buffers of the operation in progress, which stay for the next one.
+
+use std::cell::RefCell;
+
+/// What the quantised linear needs between its steps.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// The quantised rows.
+    pub rows: Vec<u8>,
+    /// Their codes, interleaved for the prefill kernels.
+    pub panel: Vec<i32>,
+    /// Gate and up before the activation.
+    pub gate_up: Vec<f32>,
+}
+
+/// The first `len` elements of a buffer that grows to the largest operation; what they hold is left from earlier ones.
+pub(super) fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
+}
+
+/// A buffer of this thread, likewise.
+pub(super) fn with_scratch(len: usize, f: impl FnOnce(&mut [f32])) {
+    thread_local!(static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
+    SCRATCH.with_borrow_mut(|s| f(grown(s, len)));
+}
