@@ -34,7 +34,7 @@ impl CudaKv {
     /// [`Error::Shape`] for heads that no kernel takes, [`Error::Unavailable`] if memory is short.
     pub fn new(cuda: &Cuda, dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        check_heads(shape)?;
+        check_heads(&cuda.chip, dtype, shape)?;
         let size = [slots, positions, shape.kv_heads, shape.head_dim, dtype.size()];
         let size = size.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
         let what = "the KV cache of a layer";
@@ -75,12 +75,20 @@ impl CudaKv {
     }
 }
 
-fn check_heads(heads: AttentionShape) -> Result<()> {
-    if heads.head_dim == 0 || !heads.head_dim.is_multiple_of(4) || heads.head_dim > AttentionShape::MAX_HEAD_DIM {
+fn check_heads(chip: &Chip, dtype: DenseType, heads: AttentionShape) -> Result<()> {
+    let dim = heads.head_dim;
+    if dim == 0 || !dim.is_multiple_of(4) || dim > AttentionShape::MAX_HEAD_DIM {
         let reason = format!(
-            "the CUDA kernels need a head_dim that is a multiple of 4 and at most {}, not {}; use --device cpu",
-            AttentionShape::MAX_HEAD_DIM,
-            heads.head_dim
+            "the CUDA kernels need a head_dim that is a multiple of 4 and at most {}, not {dim}; use --device cpu",
+            AttentionShape::MAX_HEAD_DIM
+        );
+        return Err(shape("attention", reason));
+    }
+    let (needed, most) = (prefill(chip, dtype, dim).shared, chip.shared_per_block);
+    if needed > most {
+        let reason = format!(
+            "a head_dim of {dim} takes {needed} bytes of shared memory, and {} has {most}; use --device cpu",
+            chip.name
         );
         return Err(shape("attention", reason));
     }
@@ -280,8 +288,9 @@ mod tests {
                 for head_dim in (4..=256).step_by(4) {
                     let plan = prefill(&chip, dtype, head_dim);
                     assert!(known(plan.kernel).is_some(), "{}", plan.kernel);
-                    // 7.5 has no room for heads of more than 224 in a prefill.
-                    assert!(plan.shared <= chip.shared_per_block || (compute == (7, 5) && head_dim > 224));
+                    // 7.5 has no room for the largest heads.
+                    let heads = AttentionShape { heads: 2, kv_heads: 1, head_dim };
+                    assert_eq!(check_heads(&chip, dtype, heads).is_ok(), compute > (7, 5) || head_dim <= 232);
                     let matrix = plan.kernel.contains("mma");
                     let form = matches!(head_dim, 64 | 96 | 128 | 256) && dtype != DenseType::F32;
                     let room = head_dim != 256 || chip.shared_per_block >= 133_120;
@@ -300,10 +309,11 @@ mod tests {
 
     #[test]
     fn heads_that_no_kernel_takes_are_refused_by_their_number() {
-        let heads = |head_dim| AttentionShape { heads: 2, kv_heads: 1, head_dim };
-        assert!(check_heads(heads(80)).is_ok());
+        let check =
+            |head_dim| check_heads(&chip((9, 0)), DenseType::F32, AttentionShape { heads: 2, kv_heads: 1, head_dim });
+        assert!(check(80).is_ok());
         for bad in [0, 6, 260] {
-            let message = check_heads(heads(bad)).unwrap_err().to_string();
+            let message = check(bad).unwrap_err().to_string();
             assert!(message.contains(&format!("not {bad}")), "{message}");
         }
     }

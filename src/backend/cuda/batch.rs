@@ -7,8 +7,9 @@
 //! | ids | positions | slots | starts |      i32; ids, positions, slots: `stride` each; starts: sequences + 1
 //! ```
 
-use super::{Cuda, CudaSlice, plan, shape, zeroed};
+use super::{Cuda, CudaSlice, plan, zeroed};
 use crate::Result;
+use crate::backend::HostBatch;
 use crate::backend::attention::RowPosition;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use std::sync::Arc;
@@ -23,10 +24,8 @@ const MIN_STRIDE: usize = 8;
 pub struct CudaBatch {
     stream: Arc<CudaStream>,
     memory: CudaSlice<i32>,
-    capacity: usize,
     staging: Vec<i32>,
-    ids: Vec<u32>,
-    rows: Vec<RowPosition>,
+    host: HostBatch,
     extent: Extent,
 }
 
@@ -54,10 +53,8 @@ impl CudaBatch {
         Ok(Self {
             stream: cuda.stream.clone(),
             memory: zeroed(&cuda.stream, size, "a batch's tokens")?,
-            capacity,
             staging: Vec::new(),
-            ids: Vec::new(),
-            rows: Vec::new(),
+            host: HostBatch::new(capacity)?,
             extent: Extent::default(),
         })
     }
@@ -65,54 +62,47 @@ impl CudaBatch {
     /// Replaces the tokens; the device has them before any kernel that is launched later.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for more tokens than there is room for, numbers that kernels do not take, or rows that are
-    /// no sequences, the batch being empty then; [`crate::Error::Unavailable`] if the upload fails.
+    /// As [`HostBatch::set`], and [`crate::Error::Shape`] for numbers that kernels do not take, with the batch as it was;
+    /// [`crate::Error::Unavailable`] if the upload fails.
     pub fn set(&mut self, ids: &[u32], rows: &[RowPosition]) -> Result<()> {
-        self.ids.clear();
-        self.rows.clear();
-        self.extent = Extent::default();
-        if ids.len() != rows.len() || ids.len() > self.capacity {
-            let reason = format!("{} ids at {} positions, room for {}", ids.len(), rows.len(), self.capacity);
-            return Err(shape("batch", reason));
-        }
-        if ids.is_empty() {
-            return Ok(());
-        }
-        let extent = stage(ids, rows, &mut self.staging)?;
+        check(ids, rows)?;
+        self.host.set(ids, rows)?;
+        self.extent = stage(ids, rows, &mut self.staging);
         let mut to = self.memory.slice_mut(..self.staging.len());
         // Not pinned: the driver has read pageable memory when it returns, so it can be written again at once.
         self.stream
             .memcpy_htod(&self.staging[..], &mut to)
-            .map_err(|e| super::failure::driver(&self.stream, "a batch's tokens", e))?;
-        self.ids.extend_from_slice(ids);
-        self.rows.extend_from_slice(rows);
-        self.extent = extent;
-        Ok(())
+            .map_err(|e| super::failure::driver(&self.stream, "a batch's tokens", e))
     }
 
     /// Tokens.
     pub fn len(&self) -> usize {
-        self.ids.len()
+        self.host.ids().len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.ids.is_empty()
+        self.host.ids().is_empty()
     }
 
     /// Tokens that there is room for.
     pub fn capacity(&self) -> usize {
-        self.capacity
+        self.host.capacity()
+    }
+
+    /// The tokens in this machine's memory.
+    pub fn host(&self) -> &HostBatch {
+        &self.host
     }
 
     /// The tokens' ids.
     pub fn ids(&self) -> &[u32] {
-        &self.ids
+        self.host.ids()
     }
 
     /// Their slots and positions.
     pub fn rows(&self) -> &[RowPosition] {
-        &self.rows
+        self.host.rows()
     }
 
     /// Sequences.
@@ -138,7 +128,7 @@ impl CudaBatch {
 
     /// The largest id.
     pub(super) fn largest_id(&self) -> Option<u32> {
-        self.ids.iter().max().copied()
+        self.host.ids().iter().max().copied()
     }
 
     pub(super) fn extent(&self) -> Extent {
@@ -168,43 +158,36 @@ fn stride(tokens: usize) -> usize {
     tokens.max(MIN_STRIDE).checked_next_power_of_two().unwrap_or(usize::MAX)
 }
 
-/// Lays out what is uploaded.
-fn stage(ids: &[u32], rows: &[RowPosition], to: &mut Vec<i32>) -> Result<Extent> {
-    let number = |name: &str, v: usize| super::int("batch", name, v);
+/// Refuses numbers that kernels do not take.
+fn check(ids: &[u32], rows: &[RowPosition]) -> Result<()> {
+    let least = |name: &str, v: Option<usize>| super::int("batch", name, v.unwrap_or(0)).map(drop);
+    least("as a token id", ids.iter().max().map(|id| *id as usize))?;
+    least("as a position", rows.iter().map(|r| r.position).max())?;
+    least("as a slot", rows.iter().map(|r| r.slot).max())?;
+    least("tokens", Some(ids.len()))
+}
+
+/// Lays out what is uploaded, of checked numbers and rows.
+fn stage(ids: &[u32], rows: &[RowPosition], to: &mut Vec<i32>) -> Extent {
     let stride = stride(ids.len());
     to.clear();
     to.resize(3 * stride, 0);
     let mut extent = Extent::default();
     for (i, (id, row)) in ids.iter().zip(rows).enumerate() {
-        to[i] = number("as a token id", *id as usize)?;
-        to[stride + i] = number("as a position", row.position)?;
-        to[2 * stride + i] = number("as a slot", row.slot)?;
-        let continues = i > 0 && {
-            let before = rows[i - 1];
-            before.slot == row.slot && before.position + 1 == row.position
-        };
-        if !continues {
-            to.push(number("tokens", i)?);
+        to[i] = *id as i32;
+        to[stride + i] = row.position as i32;
+        to[2 * stride + i] = row.slot as i32;
+        if i == 0 || rows[i - 1].slot != row.slot {
+            to.push(i as i32);
         }
         extent.longest = extent.longest.max(row.position + 1);
         extent.slots = extent.slots.max(row.slot + 1);
     }
-    to.push(number("tokens", ids.len())?);
+    to.push(ids.len() as i32);
     let starts = &to[3 * stride..];
     extent.sequences = starts.len() - 1;
     extent.longest_run = starts.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0);
-    // Two sequences in one slot would overwrite each other. Mostly slots ascend, which is quickly seen.
-    let slot = |start: &i32| rows[*start as usize].slot;
-    let firsts = &starts[..extent.sequences];
-    if !firsts.windows(2).all(|w| slot(&w[0]) < slot(&w[1])) {
-        let mut slots: Vec<usize> = firsts.iter().map(slot).collect();
-        slots.sort_unstable();
-        if let Some(twice) = slots.windows(2).find(|w| w[0] == w[1]) {
-            let reason = format!("the tokens of slot {} are not contiguous and ascending by one position", twice[0]);
-            return Err(shape("batch", reason));
-        }
-    }
-    Ok(extent)
+    extent
 }
 
 #[cfg(test)]
@@ -219,7 +202,7 @@ mod tests {
     fn sequences_are_found_in_the_rows() {
         let mut staged = Vec::new();
         let at = rows(&[(2, 5), (2, 6), (0, 0), (3, 300)]);
-        let extent = stage(&[10, 11, 12, 13], &at, &mut staged).unwrap();
+        let extent = stage(&[10, 11, 12, 13], &at, &mut staged);
         assert_eq!(extent, Extent { sequences: 3, longest_run: 2, longest: 301, slots: 4 });
         assert_eq!(staged[..4], [10, 11, 12, 13]);
         assert_eq!(staged[8..12], [5, 6, 0, 300]);
@@ -232,20 +215,17 @@ mod tests {
     fn decode_steps_of_one_size_are_laid_out_alike() {
         let mut staged = Vec::new();
         for position in [3, 700] {
-            let extent = stage(&[1, 2], &rows(&[(0, position), (1, 4)]), &mut staged).unwrap();
+            let extent = stage(&[1, 2], &rows(&[(0, position), (1, 4)]), &mut staged);
             assert_eq!((extent.sequences, extent.longest_run, staged.len()), (2, 1, 3 * 8 + 3));
         }
         assert_eq!([0, 1, 8, 9, 2000].map(stride), [8, 8, 8, 16, 2048]);
     }
 
     #[test]
-    fn rows_that_are_no_sequences_are_refused() {
-        let mut staged = Vec::new();
-        for bad in [[(0, 1), (1, 0), (0, 2)], [(0, 1), (0, 3), (1, 0)], [(0, 1), (0, 1), (1, 0)]] {
-            let message = stage(&[1, 2, 3], &rows(&bad), &mut staged).unwrap_err().to_string();
-            assert!(message.contains("slot 0"), "{message}");
-        }
-        assert!(stage(&[u32::MAX], &rows(&[(0, 0)]), &mut staged).is_err());
-        assert!(stage(&[1], &rows(&[(0, 1 << 40)]), &mut staged).is_err());
+    fn numbers_that_kernels_do_not_take_are_refused() {
+        assert!(check(&[1, 2], &rows(&[(0, 0), (0, 1)])).is_ok());
+        assert!(check(&[u32::MAX], &rows(&[(0, 0)])).is_err());
+        assert!(check(&[1], &rows(&[(0, 1 << 40)])).is_err());
+        assert!(check(&[1], &rows(&[(1 << 31, 0)])).is_err());
     }
 }

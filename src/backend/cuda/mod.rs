@@ -23,6 +23,8 @@ mod profile;
 mod sample;
 mod scratch;
 mod ternary;
+#[cfg(test)]
+mod tests;
 
 pub use attention::{CudaKv, CudaRope};
 pub use batch::CudaBatch;

@@ -108,11 +108,8 @@ fn check(weights: &[PackedTernary], arrangement: Arrangement) -> Result<(usize, 
     if weights.len() > SEGMENTS {
         return Err(shape("pack", format!("{} weights exceed the {SEGMENTS} that kernels stack", weights.len())));
     }
-    let rows: Vec<usize> = weights.iter().map(PackedTernary::rows).collect();
-    if arrangement == Arrangement::GateUp && !matches!(rows[..], [gate, up] if gate == up) {
-        return Err(shape("pack", format!("gate and up are two weights of one shape, not of {rows:?} rows")));
-    }
-    let total = rows.iter().try_fold(0usize, |sum, r| sum.checked_add(*r)).unwrap_or(usize::MAX);
+    arrangement.check(weights)?;
+    let total = weights.iter().try_fold(0usize, |sum, w| sum.checked_add(w.rows())).unwrap_or(usize::MAX);
     int("pack", "rows", total)?;
     Ok((total, cols))
 }
