@@ -68,6 +68,11 @@ impl Layer {
         weights.chain(self.adapters().filter_map(|a| a.weight().host_bytes()).flatten())
     }
 
+    /// Whether a forward pass makes no tensor of its own.
+    fn is_plain(&self) -> bool {
+        [&self.qkv, &self.gate_up].iter().all(|g| g.is_plain()) && self.output.is_plain() && self.down.is_plain()
+    }
+
     fn adapters(&self) -> impl Iterator<Item = &LowRank> {
         let groups = [&self.qkv, &self.gate_up].into_iter().flat_map(LinearGroup::adapters);
         groups.chain([&self.output, &self.down].into_iter().filter_map(Linear::adapter))
@@ -225,7 +230,8 @@ impl Decoder {
     ) -> Result<R> {
         self.check(batch, cache)?;
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        workspace.with(batch, logits, cache.id(), |pass| self.run(pass, cache), read)
+        let replayed = self.layers.iter().all(Layer::is_plain).then(|| cache.id());
+        workspace.with(batch, logits, replayed, |pass| self.run(pass, cache), read)
     }
 
     /// Why decode steps are computed anew each time, once, where the device could not record them.

@@ -144,7 +144,7 @@ impl Workspace {
     }
 
     /// Prepares a pass over `sequences`, none of which is empty, lets `run` compute it or replays what it computed before,
-    /// and calls `read` with what came out. `cache` identifies the KV cache.
+    /// and calls `read` with what came out. `replayed` is the KV cache's number, if `run` makes no tensors.
     ///
     /// # Errors
     /// As [`Batch::set`]; of the device, if it refuses memory for more rows; those of `run` and `read`.
@@ -152,7 +152,7 @@ impl Workspace {
         &mut self,
         sequences: &[Sequence<'_>],
         logits: Logits,
-        cache: u64,
+        replayed: Option<u64>,
         run: impl Fn(Pass<'_>) -> Result<()>,
         read: impl FnOnce(&Outputs) -> Result<R>,
     ) -> Result<R> {
@@ -182,9 +182,9 @@ impl Workspace {
         if let Some(activations) = self.step_activations.get(rows - 1) {
             self.step.set(ids, positions)?;
             let pass = Pass { batch: &self.step, activations, picks, outputs };
-            match rows == sequences.len() {
-                true => self.steps.run(&self.step, cache, || run(pass))?,
-                false => run(pass)?,
+            match replayed {
+                Some(cache) if rows == sequences.len() => self.steps.run(&self.step, cache, || run(pass))?,
+                _ => run(pass)?,
             }
             return read(outputs);
         }

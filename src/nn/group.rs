@@ -23,6 +23,11 @@ pub enum LinearGroup {
 }
 
 impl LinearGroup {
+    /// Whether a forward pass makes no tensor of its own, so that a device can record it.
+    pub(crate) fn is_plain(&self) -> bool {
+        matches!(self, Self::Stacked(_) | Self::GateUp(_))
+    }
+
     /// Packs the weights for the backend's kernel, one below the other.
     ///
     /// # Errors

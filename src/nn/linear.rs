@@ -125,6 +125,11 @@ impl Linear {
         self.adapter.as_ref()
     }
 
+    /// Whether a forward pass makes no tensor of its own, so that a device can record it.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.is_ternary() && self.norm.is_none() && self.adapter.is_none()
+    }
+
     /// Whether the weight is ternary.
     pub fn is_ternary(&self) -> bool {
         matches!(self.weight, Weight::Ternary(_))

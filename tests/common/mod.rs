@@ -8,6 +8,20 @@ use std::path::PathBuf;
 /// The fixtures with safetensors checkpoints.
 pub const FIXTURES: [&str; 4] = ["a1_packed", "a1_bf16", "a2_packed_gqa_untied_sharded", "a3_llama"];
 
+/// The GPUs of this machine, as far as this build can use them: real ones, or the emulator's
+/// (`kernels/emulator/with_driver.sh`). `BITNET_REQUIRE_GPU=1`: there has to be one.
+pub fn gpus() -> Vec<Device> {
+    #[cfg(feature = "cuda")]
+    let found = (candle_bitnet::backend::cuda::count() > 0).then(|| candle_bitnet::backend::cuda::open(0).unwrap());
+    #[cfg(not(feature = "cuda"))]
+    let found = None;
+    assert!(
+        found.is_some() || std::env::var_os("BITNET_REQUIRE_GPU").is_none(),
+        "no GPU, or a build without kernels for it"
+    );
+    found.into_iter().collect()
+}
+
 /// Folder of a fixture.
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
