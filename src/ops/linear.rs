@@ -83,6 +83,11 @@ fn check(
     Ok(tokens)
 }
 
+/// What the profile is told of a product.
+fn about(weight: &TernaryWeight) -> (Option<(usize, usize)>, usize) {
+    (Some((weight.rows(), weight.cols())), weight.bytes())
+}
+
 struct NormLinear<'a> {
     backend: &'a Backend,
     weight: &'a TernaryWeight,
@@ -97,6 +102,7 @@ impl NormLinear<'_> {
     const NAME: &'static str = "norm-linear";
 
     fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
+        let _timer = self.backend.timed(Self::NAME, || about(self.weight));
         let out = OutputColumns { values: out, width: self.width, first: self.first_column, add: self.add };
         Ok(self.backend.cpu().norm_linear(self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
     }
@@ -172,6 +178,7 @@ impl GatedLinear<'_> {
     const NAME: &'static str = "gated-linear";
 
     fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
+        let _timer = self.backend.timed(Self::NAME, || about(self.weight));
         Ok(self.backend.cpu().gated_linear(self.gate, self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
     }
 

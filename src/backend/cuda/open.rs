@@ -38,7 +38,10 @@ pub fn open(ordinal: usize) -> Result<Device> {
 }
 
 /// The number of GPUs.
-fn devices() -> Result<usize> {
+///
+/// # Errors
+/// [`Error::Unavailable`] without a driver, or if it does not answer.
+pub(super) fn devices() -> Result<usize> {
     let count = guarded(CudaContext::device_count)?;
     let count = count.map_err(|e| failure::unavailable("CUDA", failure::text(e)))?;
     Ok(usize::try_from(count).unwrap_or(0))
