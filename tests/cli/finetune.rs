@@ -102,7 +102,7 @@ fn bad_data_and_flags_are_named() {
     fails(&[good], &["--batch", "2", "--micro-batch", "3"], 2, &["batch: 3 at a time of 2 a step"]);
     fails(&[good], &["--dropout", "1"], 2, &["dropout: 1 is out of range"]);
     fails(&[good], &["--full", "--rank", "4"], 2, &["--full", "--rank"]);
-    fails(&[good], &["--device", "cuda"], 1, &["cuda"]);
+    fails(&[good], &["--device", "cuda"], 1, &[crate::NO_GPU]);
     let data = data(dir.path(), &[good]);
     finetune(&data, &out, &["-m", "no/such/model/here"]).fails(1, &["no/such/model/here"]);
 }
