@@ -142,7 +142,7 @@ fn an_interrupted_run_goes_on() {
     let steps = || std::fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
     let run_until = |flags: &[&str], lines: usize, signal: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
-        command.args(["finetune", &data, "--out", out_flag]).args(flags);
+        command.args(["finetune", &data, "--out", out_flag]).args(flags).envs(crate::NO_GPUS);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let begun = Instant::now();
         while steps() < lines && begun.elapsed() < Duration::from_secs(100) {

@@ -158,7 +158,13 @@ fn a_closed_pipe_is_quiet_and_a_full_disk_is_told() {
     let a1 = model("a1_packed");
     let script = |line: &str| {
         let exe = assert_cmd::cargo::cargo_bin("bitnet");
-        let ran = std::process::Command::new("sh").args(["-c", line]).arg(exe).arg(&a1).output().unwrap();
+        let ran = std::process::Command::new("sh")
+            .args(["-c", line])
+            .arg(exe)
+            .arg(&a1)
+            .envs(crate::NO_GPUS)
+            .output()
+            .unwrap();
         crate::Ran::of(ran)
     };
     for command in ["generate -m \"$1\" -p x -n 3", "inspect \"$1\"", "completions bash"] {

@@ -169,7 +169,7 @@ const LONG: [&str; 6] = ["--steps", "600", "--save-every", "7", "--eval-every", 
 fn spawn(text: &str, out: &str, flags: &[&str]) -> Child {
     let program: PathBuf = assert_cmd::cargo::cargo_bin("bitnet");
     let mut command = Command::new(program);
-    command.args(["train", text, "--out", out]).args(tiny(&[&LONG[..], flags].concat()));
+    command.args(["train", text, "--out", out]).args(tiny(&[&LONG[..], flags].concat())).envs(crate::NO_GPUS);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let begun = Instant::now();
     while !Path::new(out).join("state.safetensors").exists() {
