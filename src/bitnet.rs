@@ -5,7 +5,8 @@ use crate::backend::{Backend, DenseType};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::hub::HubOptions;
 use crate::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
-use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, TokenStream};
+use crate::draw::DeviceDraw;
+use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, Sampled, Sampler, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
 use crate::model::{
@@ -14,7 +15,7 @@ use crate::model::{
 use crate::nn::KvCache;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,7 @@ pub struct LoadOptions {
     kv_dtype: DenseType,
     hub: HubOptions,
     adapter: Option<PathBuf>,
+    graphs: bool,
     progress: Option<fn(usize, usize)>,
 }
 
@@ -46,6 +48,7 @@ impl LoadOptions {
             kv_dtype: DenseType::F32,
             hub: HubOptions::from_env(),
             adapter: None,
+            graphs: true,
             progress: None,
         }
     }
@@ -83,6 +86,13 @@ impl LoadOptions {
     /// Directory of a LoRA adapter in PEFT's layout, run beside the weights and never merged into them.
     pub fn adapter(mut self, dir: Option<PathBuf>) -> Self {
         self.adapter = dir;
+        self
+    }
+
+    /// Whether decode steps are recorded as graphs and replayed, where the device can; true by default, and without effect
+    /// on results.
+    pub fn graphs(mut self, graphs: bool) -> Self {
+        self.graphs = graphs;
         self
     }
 
@@ -141,7 +151,7 @@ impl LoadedDecoder {
     fn from_checkpoint(checkpoint: &Checkpoint, start: Instant, options: &LoadOptions) -> Result<Self> {
         let (path, text) = checkpoint.config();
         let config = ModelConfig::parse(path, text)?;
-        let backend = Backend::new(&options.device, options.cpu)?;
+        let backend = Backend::new(&options.device, options.cpu)?.with_graphs(options.graphs);
         let weights = CheckpointWeights::new(checkpoint, &config)?;
         let adapter = options.adapter.as_deref().map(Adapter::open).transpose()?;
         let adapted = adapter.as_ref().map(|a| AdaptedWeights::new(&weights, a, &config)).transpose()?;
@@ -164,7 +174,7 @@ impl LoadedDecoder {
             return Err(Error::request("--adapter", "a preset's weights are random, so no adapter belongs to them"));
         }
         let start = Instant::now();
-        let backend = Backend::new(&options.device, options.cpu)?;
+        let backend = Backend::new(&options.device, options.cpu)?.with_graphs(options.graphs);
         let weights = SyntheticWeights::new(&config, 0);
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
@@ -179,8 +189,8 @@ impl LoadedDecoder {
         Report {
             family: config.family.architecture(),
             parameters: config.parameters(),
-            device: "cpu",
-            kernel: backend.cpu().kernel().name(),
+            device: backend.device_name(),
+            kernel: backend.kernel_name(),
             threads: backend.cpu().pool().threads(),
             context: self.decoder.context(),
             kv_dtype: self.kv_dtype,
@@ -198,10 +208,10 @@ pub struct Report {
     pub family: &'static str,
     /// Parameters of the model.
     pub parameters: u64,
-    /// The device.
-    pub device: &'static str,
-    /// The ternary kernel.
-    pub kernel: &'static str,
+    /// The device: `cpu`, or a GPU's number and name.
+    pub device: String,
+    /// The ternary kernel: the CPU's, or a GPU's compute capability.
+    pub kernel: String,
     /// Threads.
     pub threads: usize,
     /// Positions of a sequence.
@@ -302,6 +312,7 @@ pub struct BitNet {
     cache: KvCache,
     position: usize,
     logits: Vec<f32>,
+    draw: Option<DeviceDraw>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     defaults: GenerationDefaults,
@@ -330,7 +341,9 @@ impl BitNet {
             return Err(Error::file(files.path("tokenizer.json"), reason));
         }
         let cache = loaded.decoder.kv_cache(loaded.kv_dtype, 1)?;
-        Ok(Self { loaded, cache, position: 0, logits: Vec::with_capacity(vocab), tokenizer, template, defaults })
+        let draw = DeviceDraw::new(loaded.decoder.backend(), vocab)?;
+        let logits = Vec::with_capacity(vocab);
+        Ok(Self { loaded, cache, position: 0, logits, draw, tokenizer, template, defaults })
     }
 
     /// What was loaded, and how it runs.
@@ -398,6 +411,16 @@ impl BitNet {
     }
 }
 
+impl BitNet {
+    /// Appends tokens and lends their logits; the position moves on unless something failed.
+    fn append<R>(&mut self, tokens: &[u32], read: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
+        let sequence = Sequence { slot: 0, position: self.position, tokens };
+        let result = self.loaded.decoder.forward_with(&[sequence], &self.cache, Logits::Last, read)?;
+        self.position += tokens.len();
+        Ok(result)
+    }
+}
+
 impl LanguageModel for BitNet {
     fn vocab_size(&self) -> usize {
         self.loaded.decoder.config().vocab_size
@@ -412,11 +435,28 @@ impl LanguageModel for BitNet {
     }
 
     fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        let sequence = Sequence { slot: 0, position: self.position, tokens };
-        let (decoder, cache, out) = (&self.loaded.decoder, &self.cache, &mut self.logits);
-        decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read_logits(logits, out))?;
-        self.position += tokens.len();
-        Ok(&self.logits)
+        let mut logits = std::mem::take(&mut self.logits);
+        let read = self.append(tokens, |tensor| read_logits(tensor, &mut logits));
+        self.logits = logits;
+        read.map(|()| &self.logits[..])
+    }
+
+    fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.append(tokens, |_| Ok(()))
+    }
+
+    fn draw(&mut self, tokens: &[u32], sampler: &mut Sampler) -> Result<Sampled> {
+        let Some(mut on_device) = self.draw.take() else { return sampler.sample(self.advance(tokens)?) };
+        let mut logits = std::mem::take(&mut self.logits);
+        let drawn = self.append(tokens, |tensor| match on_device.draw(tensor, sampler)? {
+            Some(sampled) => Ok(sampled),
+            None => {
+                read_logits(tensor, &mut logits)?;
+                sampler.sample(&logits)
+            }
+        });
+        (self.draw, self.logits) = (Some(on_device), logits);
+        drawn
     }
 
     fn truncate(&mut self, position: usize) {

@@ -24,6 +24,7 @@
 pub mod backend;
 mod bitnet;
 pub mod checkpoint;
+mod draw;
 mod error;
 pub mod evaluate;
 pub mod generate;

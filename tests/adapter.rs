@@ -12,7 +12,7 @@ use candle_bitnet::checkpoint::{Checkpoint, StoredType};
 use candle_bitnet::model::config::{ModelConfig, Projection};
 use candle_bitnet::model::{Logits, Sequence};
 use candle_bitnet::nn::{BitLinear, Linear, LinearGroup, LinearParts, LinearWeight, LowRank, RmsNorm};
-use candle_bitnet::ops;
+use candle_bitnet::ops::{self, Output};
 use candle_bitnet::ternary::{PackedTernary, Scale};
 use candle_bitnet::{Error, LoadOptions, LoadedDecoder};
 use candle_core::{Device, Module, Tensor};
@@ -74,6 +74,14 @@ fn backend() -> Backend {
     Backend::new(&CPU, CpuOptions { kernel: None, threads: Some(2) }).unwrap()
 }
 
+/// f32 `[rows, cols]` that `f` replaces whole.
+#[track_caller]
+fn written(rows: usize, cols: usize, f: impl FnOnce(&Tensor) -> Result<(), Error>) -> Tensor {
+    let out = Tensor::full(f32::NAN, (rows, cols), &CPU).unwrap();
+    f(&out).unwrap();
+    out
+}
+
 #[test]
 fn a_layer_adds_the_update_of_its_own_unquantised_input() {
     let backend = backend();
@@ -83,27 +91,30 @@ fn a_layer_adds_the_update_of_its_own_unquantised_input() {
         let (x, residual) = (tensor(5, cols, 1), tensor(5, rows, 2));
         let update = || LowRank::new(&backend, rank, &a, &b, scaling).unwrap();
         let bit_linear = BitLinear::with_backend(ternary(rows, cols), &backend).unwrap();
-        let normed = outer.forward(&backend, &x).unwrap();
+        let normed = written(5, cols, |out| outer.forward(&backend, &x, out));
         for inner in [None, Some(own)] {
             let parts = LinearParts { weight: LinearWeight::Ternary(ternary(rows, cols)), norm: inner.clone() };
             let layer = Linear::new(&backend, parts).unwrap().with_adapter(Some(update())).unwrap();
             for (before, h) in [(None, &x), (Some(&outer), &normed)] {
                 // The inner norm is BitLinear's own: the adapter does not see it.
-                let inside = inner.as_ref().map_or_else(|| h.clone(), |n| n.forward(&backend, h).unwrap());
+                let normed = |n: &RmsNorm| written(5, cols, |out| n.forward(&backend, h, out));
+                let inside = inner.as_ref().map_or_else(|| h.clone(), normed);
                 let base = bit_linear.forward(&inside).unwrap();
                 let want = naive(&flat(&base), &flat(h), &a, &b, rank, f64::from(scaling));
-                close(&flat(&layer.forward(&backend, &x, before, None).unwrap()), &want, 2e-6);
+                let got = written(5, rows, |out| layer.forward(&backend, &x, before, Output::replace(out)));
+                close(&flat(&got), &want, 2e-6);
+                let sum = residual.copy().unwrap();
+                layer.forward(&backend, &x, before, Output::add_to(&sum)).unwrap();
                 let want = naive(&flat(&(&base + &residual).unwrap()), &flat(h), &a, &b, rank, f64::from(scaling));
-                close(&flat(&layer.forward(&backend, &x, before, Some(&residual)).unwrap()), &want, 2e-6);
-            }
-            let (gate_up, sub) = (tensor(3, 2 * cols, 9), norm(cols));
-            for gate in [Gate::Relu2, Gate::Silu] {
-                let h = ops::gated(&backend, gate, &gate_up).unwrap();
-                for before in [None, Some(&sub)] {
-                    let want = layer.forward(&backend, &h, before, None).unwrap();
-                    let got = layer.forward_gated(&backend, gate, &gate_up, before, None).unwrap();
-                    assert_eq!(flat(&got), flat(&want));
-                }
+                close(&flat(&sum), &want, 2e-6);
+                // The residual stream gets the update first and then the product, as training sums them.
+                let update = tensor(5, rows, 2);
+                layer.adapter().unwrap().add_to(&backend, h, &update, 0).unwrap();
+                assert_eq!(flat(&sum), flat(&(update + &base).unwrap()));
+                // In the middle of wider rows the same.
+                let wide = tensor(5, rows + 3, 8);
+                layer.forward(&backend, &x, before, Output::replace(&wide).skip(2)).unwrap();
+                assert_eq!(flat(&wide.narrow(1, 2, rows).unwrap().contiguous().unwrap()), flat(&got));
             }
         }
         let wrong = LowRank::new(&backend, rank, &a, &b[..rank], scaling).unwrap();
@@ -128,9 +139,10 @@ fn a_group_gives_each_layer_its_own_update() {
             |r: usize| LinearParts { weight: LinearWeight::Ternary(ternary(r, cols)), norm: inner.then(|| norm(cols)) };
         rows.into_iter().map(part).collect()
     };
-    let h = flat(&n.forward(&backend, &x).unwrap());
+    let h = flat(&written(4, cols, |out| n.forward(&backend, &x, out)));
+    let forward = |group: &LinearGroup| written(4, 32, |out| group.forward(&backend, &x, &n, Output::replace(out)));
     for inner in [false, true] {
-        let plain = LinearGroup::new(&backend, parts(inner)).unwrap().forward(&backend, &x, &n).unwrap();
+        let plain = forward(&LinearGroup::new(&backend, parts(inner)).unwrap());
         for present in [[true, true, true], [true, false, true], [false, true, false], [false; 3]] {
             let adapter =
                 |i: u32| present[i as usize].then(|| LowRank::new(&backend, 2, &a(i), &b(i), i as f32 - 0.5).unwrap());
@@ -138,7 +150,7 @@ fn a_group_gives_each_layer_its_own_update() {
             let group = group.with_adapters((0..3).map(adapter).collect()).unwrap();
             assert_eq!(group.adapters().len(), present.iter().filter(|p| **p).count());
             assert_eq!(matches!(group, LinearGroup::Stacked(_)), !inner && present == [false; 3]);
-            let got = group.forward(&backend, &x, &n).unwrap();
+            let got = forward(&group);
             let mut first = 0;
             for i in 0..3u32 {
                 let r = rows[i as usize];
@@ -157,6 +169,25 @@ fn a_group_gives_each_layer_its_own_update() {
         let wrong = LowRank::new(&backend, 2, &a(0), &b(0), 1.0).unwrap();
         assert!(group().with_adapters(vec![None, Some(wrong), None]).is_err());
     }
+}
+
+#[test]
+fn updates_of_gate_and_up_come_before_the_activation() {
+    let backend = backend();
+    let (rows, cols, n, x) = (24, 40, norm(40), tensor(3, 40, 5));
+    let part = || LinearParts { weight: LinearWeight::Ternary(ternary(rows, cols)), norm: None };
+    let update = || LowRank::new(&backend, 2, &values(2 * cols, 1), &values(rows * 2, 2), 0.5).unwrap();
+    let group = LinearGroup::new(&backend, vec![part(), part()]).unwrap();
+    let group = group.with_adapters(vec![None, Some(update())]).unwrap();
+    let gate_up = written(3, 2 * rows, |out| group.forward(&backend, &x, &n, Output::replace(out)));
+    for gate in [Gate::Relu2, Gate::Silu] {
+        let want = written(3, rows, |out| ops::gated(&backend, gate, &gate_up, out));
+        assert_eq!(flat(&written(3, rows, |out| group.forward_gated(&backend, gate, &x, &n, out))), flat(&want));
+    }
+    let fused = || LinearGroup::gate_up(&backend, vec![part(), part()]).unwrap();
+    assert!(matches!(fused().with_adapters(vec![None, None]).unwrap(), LinearGroup::GateUp(_)));
+    let e = fused().with_adapters(vec![None, Some(update())]).unwrap_err().to_string();
+    assert!(e.contains("gate and up packed for their gated product take no adapters"), "{e}");
 }
 
 fn config_of(dir: &Path) -> ModelConfig {

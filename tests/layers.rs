@@ -1,17 +1,19 @@
 //! Operations and layers through the public interface, against plain candle arithmetic.
 
 mod common;
+#[path = "layers/operations.rs"]
+mod operations;
 
-use candle_bitnet::backend::attention::RopeTable;
+use candle_bitnet::backend::activation::{QuantizedRows, row_stride};
 use candle_bitnet::backend::cpu::{CpuOptions, Gate};
 use candle_bitnet::backend::{Backend, DenseType, DenseWeight};
 use candle_bitnet::checkpoint::write::{Entry, write_file};
 use candle_bitnet::checkpoint::{Checkpoint, StoredType};
 use candle_bitnet::model::config::{ModelConfig, Projection};
 use candle_bitnet::nn::{BitLinear, Linear, LinearGroup, LinearParts, LinearWeight, RmsNorm};
-use candle_bitnet::ops;
+use candle_bitnet::ops::{self, Output};
 use candle_bitnet::ternary::{PackedTernary, Scale};
-use candle_bitnet::{LoadOptions, LoadedDecoder};
+use candle_bitnet::{LoadOptions, LoadedDecoder, Result};
 use candle_core::{D, DType, Device, Module, Tensor};
 use common::fixture;
 
@@ -33,6 +35,25 @@ fn ternary(rows: usize, cols: usize, scale: Scale) -> PackedTernary {
 
 fn norm(len: usize, eps: f32) -> RmsNorm {
     RmsNorm::new((0..len).map(|i| 0.5 + (i % 5) as f32 / 4.0).collect(), eps, &CPU).unwrap()
+}
+
+/// f32 `[rows, cols]` that `f` replaces whole.
+#[track_caller]
+fn written(rows: usize, cols: usize, f: impl FnOnce(&Tensor) -> Result<()>) -> Tensor {
+    let out = Tensor::full(f32::NAN, (rows, cols), &CPU).unwrap();
+    f(&out).unwrap();
+    out
+}
+
+/// The activations that a quantised linear sees.
+fn quantized(x: &Tensor) -> Tensor {
+    let (tokens, cols) = x.dims2().unwrap();
+    let mut bytes = vec![0; tokens * row_stride(cols)];
+    let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    backend().cpu().quantize(&x, cols, None, &mut bytes).unwrap();
+    let rows = QuantizedRows::new(&bytes, cols).unwrap();
+    let row = |t: usize| rows.codes(t)[..cols].iter().map(move |q| f32::from(*q) / rows.scale(t));
+    Tensor::from_vec((0..tokens).flat_map(row).collect::<Vec<f32>>(), (tokens, cols), &CPU).unwrap()
 }
 
 /// RMSNorm in candle's own operations.
@@ -69,7 +90,7 @@ fn bit_linear_is_a_candle_module_of_any_float_type_and_leading_shape() {
         let dense = Tensor::from_vec(weight.dequantize(), (12, 100), &CPU).unwrap();
         let layer = BitLinear::new(weight, &CPU).unwrap();
         let x = values(6, 100, 1);
-        let quantized = ops::quantize(&backend(), &x).unwrap().dequantize().unwrap();
+        let quantized = quantized(&x);
         close(&quantized, &x, 0.005);
         let want = quantized.matmul(&dense.t().unwrap()).unwrap();
         close(&layer.forward(&x).unwrap(), &want, 1e-5);
@@ -97,38 +118,62 @@ fn a_layer_applies_the_norms_in_order() {
     let weight = || LinearWeight::Ternary(ternary(20, 64, Scale::Divide(3.0)));
     let with = Linear::new(&backend, LinearParts { weight: weight(), norm: Some(own.clone()) }).unwrap();
     let without = Linear::new(&backend, LinearParts { weight: weight(), norm: None }).unwrap();
-    close(&plain_norm(&x, &outer), &outer.forward(&backend, &x).unwrap(), 1e-6);
-    let normed = |n: &RmsNorm, x: &Tensor| n.forward(&backend, x).unwrap();
-    same(&without.forward(&backend, &x, None, None).unwrap(), &plain.forward(&x).unwrap());
-    same(&without.forward(&backend, &x, Some(&outer), None).unwrap(), &plain.forward(&normed(&outer, &x)).unwrap());
-    same(&with.forward(&backend, &x, None, None).unwrap(), &plain.forward(&normed(&own, &x)).unwrap());
+    let normed = |n: &RmsNorm, x: &Tensor| written(5, 64, |out| n.forward(&backend, x, out));
+    close(&plain_norm(&x, &outer), &normed(&outer, &x), 1e-6);
+    let forward = |layer: &Linear, norm| written(5, 20, |out| layer.forward(&backend, &x, norm, Output::replace(out)));
+    same(&forward(&without, None), &plain.forward(&x).unwrap());
+    same(&forward(&without, Some(&outer)), &plain.forward(&normed(&outer, &x)).unwrap());
+    same(&forward(&with, None), &plain.forward(&normed(&own, &x)).unwrap());
     let both = plain.forward(&normed(&own, &normed(&outer, &x))).unwrap();
-    same(&with.forward(&backend, &x, Some(&outer), None).unwrap(), &both);
+    same(&forward(&with, Some(&outer)), &both);
     let residual = values(5, 20, 3);
-    same(&with.forward(&backend, &x, Some(&outer), Some(&residual)).unwrap(), &(both + &residual).unwrap());
+    let sum = (both + &residual).unwrap();
+    with.forward(&backend, &x, Some(&outer), Output::add_to(&residual)).unwrap();
+    same(&residual, &sum);
 }
 
 #[test]
-fn gated_layers_equal_their_parts() {
+fn gate_and_up_give_their_gated_product_however_they_are_packed() {
     let backend = backend();
-    let gate_up = values(4, 2 * 48, 11);
-    let (g, up) = (gate_up.narrow(1, 0, 48).unwrap(), gate_up.narrow(1, 48, 48).unwrap());
-    let sub = norm(48, 1e-5);
-    for gate in [Gate::Relu2, Gate::Silu] {
-        let act = match gate {
-            Gate::Relu2 => g.relu().unwrap().sqr().unwrap(),
-            Gate::Silu => candle_nn::ops::silu(&g).unwrap(),
+    for (tokens, cols, rows) in [(1, 64, 48), (4, 100, 20), (37, 48, 7)] {
+        let (x, n) = (values(tokens, cols, 11), norm(cols, 1e-5));
+        let parts = |own: bool| -> Vec<LinearParts> {
+            let weights = [ternary(rows, cols, Scale::Multiply(0.5)), ternary(rows, cols, Scale::Divide(1.7))];
+            let part = |w| LinearParts { weight: LinearWeight::Ternary(w), norm: own.then(|| norm(cols, 1e-6)) };
+            weights.into_iter().map(part).collect()
         };
-        let h = ops::gated(&backend, gate, &gate_up).unwrap();
-        close(&h, &(act * &up).unwrap(), 1e-6);
-        for own in [None, Some(norm(48, 1e-6))] {
-            let weight = LinearWeight::Ternary(ternary(8, 48, Scale::Multiply(0.5)));
-            let layer = Linear::new(&backend, LinearParts { weight, norm: own }).unwrap();
-            for before in [None, Some(&sub)] {
-                let want = layer.forward(&backend, &h, before, None).unwrap();
-                same(&layer.forward_gated(&backend, gate, &gate_up, before, None).unwrap(), &want);
+        let fused = LinearGroup::gate_up(&backend, parts(false)).unwrap();
+        let stacked = LinearGroup::new(&backend, parts(false)).unwrap();
+        let separate = LinearGroup::gate_up(&backend, parts(true)).unwrap();
+        assert!(matches!(
+            (&fused, &stacked, &separate),
+            (LinearGroup::GateUp(_), LinearGroup::Stacked(_), LinearGroup::Separate(_))
+        ));
+        assert!([&fused, &stacked, &separate].iter().all(|group| group.rows() == 2 * rows));
+        for gate in [Gate::Relu2, Gate::Silu] {
+            let product =
+                |group: &LinearGroup| written(tokens, rows, |out| group.forward_gated(&backend, gate, &x, &n, out));
+            same(&product(&fused), &product(&stacked));
+            for group in [&stacked, &separate] {
+                let gate_up = written(tokens, 2 * rows, |out| group.forward(&backend, &x, &n, Output::replace(out)));
+                let half = |at: usize| gate_up.narrow(1, at, rows).unwrap();
+                let act = match gate {
+                    Gate::Relu2 => half(0).relu().unwrap().sqr().unwrap(),
+                    Gate::Silu => candle_nn::ops::silu(&half(0).contiguous().unwrap()).unwrap(),
+                };
+                close(&product(group), &(act * half(rows)).unwrap(), 1e-6);
+                same(&product(group), &written(tokens, rows, |out| ops::gated(&backend, gate, &gate_up, out)));
             }
         }
+        let apart = Tensor::zeros((tokens, 2 * rows), DType::F32, &CPU).unwrap();
+        let e = fused.forward(&backend, &x, &n, Output::replace(&apart)).unwrap_err().to_string();
+        assert!(e.contains("packed as GateUp; Stacked is needed"), "{e}");
+    }
+    let part =
+        |rows| LinearParts { weight: LinearWeight::Ternary(ternary(rows, 16, Scale::Multiply(1.0))), norm: None };
+    for parts in [vec![part(8)], vec![part(8), part(9)], vec![part(8), part(8), part(8)]] {
+        let e = LinearGroup::gate_up(&backend, parts).unwrap_err().to_string();
+        assert!(e.contains("are not a gate and an up of one shape"), "{e}");
     }
 }
 
@@ -149,10 +194,12 @@ fn unconverted_layers_and_separate_groups_compute_the_same_product() {
     let layer = Linear::new(&backend, parts(LinearWeight::Dense(dense(&backend, &w)))).unwrap();
     let normed = plain_norm(&x, &n);
     let want = normed.matmul(&w.t().unwrap()).unwrap();
-    close(&layer.forward(&backend, &x, Some(&n), None).unwrap(), &want, 1e-5);
+    let y = written(3, 10, |out| layer.forward(&backend, &x, Some(&n), Output::replace(out)));
+    close(&y, &want, 1e-5);
     let residual = values(3, 10, 2);
-    let y = layer.forward(&backend, &x, Some(&n), Some(&residual)).unwrap();
-    close(&y, &(&want + &residual).unwrap(), 1e-5);
+    let sum = (&y + &residual).unwrap();
+    layer.forward(&backend, &x, Some(&n), Output::add_to(&residual)).unwrap();
+    same(&residual, &sum);
     // A dense layer among ternary ones splits the group; the ternary ones give the same bits as stacked.
     let q = || parts(LinearWeight::Ternary(ternary(16, 80, Scale::Multiply(0.25))));
     let k = || parts(LinearWeight::Ternary(ternary(7, 80, Scale::Divide(4.0))));
@@ -160,35 +207,29 @@ fn unconverted_layers_and_separate_groups_compute_the_same_product() {
     let v = parts(LinearWeight::Dense(dense(&backend, &w)));
     let separate = LinearGroup::new(&backend, vec![q(), k(), v]).unwrap();
     assert!(matches!((&stacked, &separate), (LinearGroup::Stacked(_), LinearGroup::Separate(_))));
-    let (a, b) = (stacked.forward(&backend, &x, &n).unwrap(), separate.forward(&backend, &x, &n).unwrap());
-    assert_eq!((a.dims(), b.dims()), (&[3, 23][..], &[3, 33][..]));
+    let forward = |group: &LinearGroup, tensor: &Tensor, add: bool| {
+        group.forward(&backend, &x, &n, Output { tensor, first_column: 0, add }).unwrap();
+    };
+    let (a, b) = (values(3, 23, 1), values(3, 33, 1));
+    forward(&stacked, &a, false);
+    forward(&separate, &b, false);
     same(&b.narrow(1, 0, 23).unwrap().contiguous().unwrap(), &a);
     close(&b.narrow(1, 23, 10).unwrap().contiguous().unwrap(), &want, 1e-5);
-    assert!(LinearGroup::new(&backend, Vec::new()).is_err());
-}
-
-#[test]
-fn rope_is_candles_and_embeddings_are_rows() {
-    let backend = backend();
-    let (heads, dim, positions) = (3, 32, [0usize, 5, 77, 200]);
-    let table = RopeTable::new(256, dim, 10_000.0).unwrap();
-    let x = values(4, heads * dim, 13);
-    let got = ops::rope(&backend, &x, &positions, &table).unwrap();
-    for (t, p) in positions.iter().enumerate() {
-        let (cos, sin) = table.at(*p);
-        let angles = |v: &[f32]| Tensor::from_slice(v, (1, dim / 2), &CPU).unwrap();
-        let row = x.narrow(0, t, 1).unwrap().reshape((1, heads, 1, dim)).unwrap();
-        let want = candle_nn::rotary_emb::rope(&row, &angles(cos), &angles(sin)).unwrap();
-        close(&got.narrow(0, t, 1).unwrap(), &want.reshape((1, heads * dim)).unwrap(), 1e-6);
+    // Added to what is there, and in the middle of wider rows.
+    for (group, y) in [(&stacked, &a), (&separate, &b)] {
+        let residual = values(3, group.rows(), 8);
+        let sum = (&residual + y).unwrap();
+        forward(group, &residual, true);
+        same(&residual, &sum);
+        let wide = values(3, group.rows() + 9, 4);
+        let want = wide.copy().unwrap();
+        group.forward(&backend, &x, &n, Output::replace(&wide).skip(5)).unwrap();
+        let columns = |t: &Tensor, at: usize, n: usize| t.narrow(1, at, n).unwrap().contiguous().unwrap();
+        same(&columns(&wide, 5, group.rows()), y);
+        same(&columns(&wide, 0, 5), &columns(&want, 0, 5));
+        same(&columns(&wide, 5 + group.rows(), 4), &columns(&want, 5 + group.rows(), 4));
     }
-    let far = ops::rope(&backend, &x, &[0, 1, 2, 256], &table).unwrap_err().to_string();
-    assert!(far.contains("257 positions needed, 256 available"), "{far}");
-    let embedding = values(9, 6, 17);
-    let ids = Tensor::new(&[8u32, 0, 8], &CPU).unwrap();
-    let rows = ops::embed(&backend, &dense(&backend, &embedding), &ids).unwrap();
-    same(&rows, &embedding.index_select(&ids, 0).unwrap());
-    let outside = ops::embed(&backend, &dense(&backend, &embedding), &Tensor::new(&[9u32], &CPU).unwrap());
-    assert!(outside.unwrap_err().to_string().contains("9 is outside the vocabulary of 9"));
+    assert!(LinearGroup::new(&backend, Vec::new()).is_err());
 }
 
 /// The Llama fixture with other quantisation settings, some tensors more, and some projections left dense.
@@ -232,6 +273,53 @@ fn logits(dir: &std::path::Path, chunk: usize) -> Vec<Vec<f32>> {
         loaded.decoder.forward(&[piece], &cache, Logits::All).unwrap().to_vec2::<f32>().unwrap()
     });
     rows.collect()
+}
+
+#[test]
+fn logits_are_lent_and_returned_alike_for_passes_of_any_size() {
+    use candle_bitnet::model::{Logits, Sequence, read_logits};
+    let loaded = LoadedDecoder::load(fixture("a1_packed").to_str().unwrap(), &LoadOptions::new(&CPU)).unwrap();
+    let (model, ids) = (&loaded.decoder, (0..100u32).map(|i| i * 23 % 250).collect::<Vec<_>>());
+    let cache = model.kv_cache(DenseType::F32, 12).unwrap();
+    let sequence = |slot: usize, position: usize, end: usize| Sequence { slot, position, tokens: &ids[position..end] };
+    // Every token's logits, one sequence alone.
+    let all = model.forward(&[sequence(0, 0, 100)], &cache, Logits::All).unwrap();
+    let row = |i: usize| all.narrow(0, i, 1).unwrap();
+    // 1 to 8 rows, up to 512 and more than that; with every logit, one of a sequence, and one of a step's sequences.
+    let cases: [(&[usize], bool); 8] = [
+        (&[1], false),
+        (&[2, 1], false),
+        (&[8], true),
+        (&[1; 12], false),
+        (&[3, 40], false),
+        (&[7, 9, 1], true),
+        (&[100, 90, 80, 70, 60, 50, 40, 30, 20], false),
+        (&[100, 99, 98, 97, 96, 95], true),
+    ];
+    for (lengths, every) in cases {
+        let batch: Vec<_> = lengths.iter().enumerate().map(|(slot, n)| sequence(slot, 0, *n)).collect();
+        let which = if every { Logits::All } else { Logits::Last };
+        let own = model.forward(&batch, &cache, which).unwrap();
+        let wanted = lengths.iter().flat_map(|n| if every { 0..*n } else { n - 1..*n });
+        let want = Tensor::cat(&wanted.map(row).collect::<Vec<_>>(), 0).unwrap();
+        same(&own, &want);
+        let mut lent = Vec::new();
+        let dims = model.forward_with(&batch, &cache, which, |logits| {
+            read_logits(logits, &mut lent)?;
+            Ok(logits.dims().to_vec())
+        });
+        assert_eq!(dims.unwrap(), want.dims());
+        assert_eq!(lent, want.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        // What was returned stays when the next pass is made.
+        model.forward(&[sequence(3, 0, 1)], &cache, Logits::Last).unwrap();
+        same(&own, &want);
+    }
+    // What `read` refuses comes back, and the decoder goes on.
+    let refused = model.forward_with(&[sequence(0, 0, 1)], &cache, Logits::Last, |_| -> Result<()> {
+        Err(candle_bitnet::Error::request("test", "no"))
+    });
+    assert_eq!(refused.unwrap_err().to_string(), "test: no");
+    same(&model.forward(&[sequence(0, 0, 1)], &cache, Logits::Last).unwrap(), &row(0));
 }
 
 #[test]

@@ -61,14 +61,14 @@ __device__ __forceinline__ void gemv_body(const GemvParams& p) {
 #if BITNET_BUG != 2
     sync_block();
 #endif
-    // One factor per token and segment, where the quantisation is done with its scratch.
-    Factor* factors = reinterpret_cast<Factor*>(s.scratch);
-    if ((int)threadIdx.x < p.tokens * kSegments)
-        factors[threadIdx.x] = factor(multiplier(p.scales, threadIdx.x % kSegments), s.sx[threadIdx.x / kSegments]);
     if (p.tokens == 1)
         work.run<true>(s.x, s.stride, p.tokens, s.sums, lane);
     else
         work.run<false>(s.x, s.stride, p.tokens, s.sums, lane);
+    // One factor per token and segment, where the quantisation is done with its scratch.
+    Factor* factors = reinterpret_cast<Factor*>(s.scratch);
+    if ((int)threadIdx.x < p.tokens * kSegments)
+        factors[threadIdx.x] = factor(multiplier(p.scales, threadIdx.x % kSegments), s.sx[threadIdx.x / kSegments]);
 #if BITNET_BUG != 3
     sync_block();
 #endif

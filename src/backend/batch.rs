@@ -1,6 +1,9 @@
 //! The tokens of a forward pass: which they are, and where each stands.
 
+use super::any::{on_any, on_gpu};
 use super::attention::RowPosition;
+#[cfg(feature = "cuda")]
+use super::cuda::CudaBatch;
 use crate::{Error, Result};
 
 /// The tokens of a forward pass where a device's kernels read them, made once and filled for every pass.
@@ -9,6 +12,9 @@ use crate::{Error, Result};
 pub enum Batch {
     /// In this machine's memory.
     Cpu(HostBatch),
+    /// In a GPU's memory, with a copy in this machine's.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaBatch),
 }
 
 impl Batch {
@@ -17,20 +23,12 @@ impl Batch {
     /// # Errors
     /// As [`HostBatch::set`].
     pub fn set(&mut self, ids: &[u32], rows: &[RowPosition]) -> Result<()> {
-        match self {
-            Self::Cpu(batch) => batch.set(ids, rows),
-        }
-    }
-
-    fn host(&self) -> &HostBatch {
-        match self {
-            Self::Cpu(batch) => batch,
-        }
+        on_any!(self, batch => batch.set(ids, rows))
     }
 
     /// Most tokens of a pass.
     pub fn capacity(&self) -> usize {
-        self.host().capacity()
+        on_any!(self, batch => batch.capacity())
     }
 
     /// Tokens of this pass.
@@ -45,13 +43,15 @@ impl Batch {
 
     /// The tokens.
     pub fn ids(&self) -> &[u32] {
-        self.host().ids()
+        on_any!(self, batch => batch.ids())
     }
 
     /// Slot and position of each token.
     pub fn rows(&self) -> &[RowPosition] {
-        self.host().rows()
+        on_any!(self, batch => batch.rows())
     }
+
+    on_gpu!("batch", CudaBatch);
 }
 
 /// A batch in this machine's memory; a batch of another device has one beside it.

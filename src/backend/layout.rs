@@ -39,6 +39,9 @@ pub enum LayoutId {
     Unknown,
     /// 16 rows by 16 columns in a 64-byte line; see `backend/cpu/tiles.rs`.
     CpuRows16,
+    /// Tiles of 16 rows by 256 columns; see `kernels/README.md`.
+    #[cfg(feature = "cuda")]
+    CudaTiles,
 }
 
 impl LayoutId {
@@ -48,6 +51,8 @@ impl LayoutId {
             #[cfg(test)]
             Self::Unknown => "unknown",
             Self::CpuRows16 => "cpu-rows16",
+            #[cfg(feature = "cuda")]
+            Self::CudaTiles => "cuda-tiles",
         }
     }
 }

@@ -1,9 +1,11 @@
 //! What a device can do: packed weights, kernels, caches. Knows nothing of models and files.
 //!
-//! `cpu` holds the kernels of this CPU; the device and its kernel are chosen once, in `select`. All `unsafe`
-//! code of the crate is in this room.
+//! `cpu` holds the kernels of this CPU, `cuda` those of NVIDIA GPUs; the device and its kernel are chosen once, in `select`.
+//! What lies on a device (weights, caches, batches) is an enum with a variant for each kind. All `unsafe` code of the crate
+//! is in this room.
 
 pub mod activation;
+mod any;
 pub mod attention;
 mod batch;
 pub mod cpu;
@@ -14,9 +16,13 @@ pub mod host;
 mod layout;
 mod rope;
 mod select;
+mod steps;
+mod weights;
 
 pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
 pub use layout::{Arrangement, LayoutId};
 pub use rope::Rope;
-pub use select::{Backend, DenseWeight, DeviceChoice, KvLayer, LowRankWeight, TernaryWeight, select_device};
+pub use select::{Backend, DeviceChoice, select_device};
+pub use steps::Steps;
+pub use weights::{DenseWeight, KvLayer, LowRankWeight, TernaryWeight};

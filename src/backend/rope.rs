@@ -1,6 +1,9 @@
 //! The angles of the rotary embedding where kernels read them.
 
+use super::any::{on_any, on_cpu, on_gpu};
 use super::attention::RopeTable;
+#[cfg(feature = "cuda")]
+use super::cuda::CudaRope;
 
 /// The angles of the rotary embedding on a device.
 #[derive(Debug)]
@@ -8,20 +11,22 @@ use super::attention::RopeTable;
 pub enum Rope {
     /// In this machine's memory.
     Cpu(RopeTable),
+    /// In a GPU's memory.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaRope),
 }
 
 impl Rope {
     /// Positions that there are angles for.
     pub fn positions(&self) -> usize {
-        match self {
-            Self::Cpu(table) => table.positions(),
-        }
+        on_any!(self, table => table.positions())
     }
 
     /// Half the rotated elements of a head.
     pub fn half_dim(&self) -> usize {
-        match self {
-            Self::Cpu(table) => table.half_dim(),
-        }
+        on_any!(self, table => table.half_dim())
     }
+
+    on_cpu!("rotary angles", RopeTable);
+    on_gpu!("rotary angles", CudaRope);
 }

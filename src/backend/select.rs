@@ -2,11 +2,15 @@
 
 use super::attention::{AttentionShape, RopeTable};
 use super::batch::{Batch, HostBatch};
-use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions, CpuTernary, Segment};
+use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions};
+#[cfg(feature = "cuda")]
+use super::cuda::{self, Cuda, CudaBatch, CudaDense, CudaKv, CudaLowRank, CudaRope};
 use super::dense_type::DenseType;
 use super::host::MappedFile;
-use super::layout::{Arrangement, LayoutId};
+use super::layout::Arrangement;
 use super::rope::Rope;
+use super::steps::Steps;
+use super::weights::{DenseWeight, KvLayer, LowRankWeight, TernaryWeight};
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use candle_core::Device;
@@ -43,23 +47,30 @@ impl std::str::FromStr for DeviceChoice {
     }
 }
 
-/// The candle device for a choice.
+/// The candle device for a choice. [`DeviceChoice::Auto`] takes the first GPU that its driver shows, if this build has
+/// kernels for it, and else the CPU.
 ///
 /// # Errors
 /// [`Error::Unavailable`] if the device was asked for by name and is not built in or not present.
 pub fn select_device(choice: DeviceChoice) -> Result<Device> {
     match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda(_) => Err(not_built("cuda")),
-        DeviceChoice::Metal(_) => Err(not_built("metal")),
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Auto if cuda::count() > 0 => cuda::open(0),
+        DeviceChoice::Auto => Ok(Device::Cpu),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(ordinal) => cuda::open(ordinal),
+        #[cfg(not(feature = "cuda"))]
+        DeviceChoice::Cuda(_) => Err(not_built("cuda", "build with --features cuda, or ")),
+        DeviceChoice::Metal(_) => Err(not_built("metal", "")),
     }
 }
 
 /// The error for a device that this build has no kernels for.
-fn not_built(device: &'static str) -> Error {
+fn not_built(device: &'static str, remedy: &str) -> Error {
     Error::Unavailable {
         what: format!("device {device}"),
-        reason: "this build has no kernels for it; use --device cpu or --device auto".into(),
+        reason: format!("this build has no kernels for it; {remedy}use --device cpu or --device auto"),
     }
 }
 
@@ -68,10 +79,14 @@ fn not_built(device: &'static str) -> Error {
 pub struct Backend {
     device: Device,
     cpu: Arc<Cpu>,
+    #[cfg(feature = "cuda")]
+    cuda: Option<Arc<Cuda>>,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    graphs: bool,
 }
 
 impl Backend {
-    /// The backend of a candle device, with kernel and threads as `options` say.
+    /// The backend of a candle device, with kernel and threads of the CPU as `options` say.
     ///
     /// # Errors
     /// [`Error::Unavailable`] for a device or kernel that is not there, [`Error::Request`] for a bad thread count.
@@ -90,11 +105,57 @@ impl Backend {
     }
 
     fn with_cpu(device: &Device, cpu: Arc<Cpu>) -> Result<Self> {
+        let backend = Self {
+            device: device.clone(),
+            cpu,
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            graphs: true,
+        };
         match device {
-            Device::Cpu => Ok(Self { device: device.clone(), cpu }),
-            Device::Cuda(_) => Err(not_built("cuda")),
-            Device::Metal(_) => Err(not_built("metal")),
+            Device::Cpu => Ok(backend),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Self { cuda: Some(Cuda::shared(device)?), ..backend }),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(not_built("cuda", "build with --features cuda, or ")),
+            Device::Metal(_) => Err(not_built("metal", "")),
         }
+    }
+
+    /// Whether decode steps are recorded and replayed where the device can; true unless said otherwise.
+    pub fn with_graphs(self, graphs: bool) -> Self {
+        Self { graphs, ..self }
+    }
+
+    /// The GPU.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] on another device.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(&self) -> Result<&Arc<Cuda>> {
+        self.cuda.as_ref().ok_or_else(|| Error::Unavailable {
+            what: "a CUDA operation".into(),
+            reason: "this model was loaded onto another device".into(),
+        })
+    }
+
+    /// The device as reports name it: `cpu`, or a GPU's number and name.
+    pub fn device_name(&self) -> String {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return format!("cuda:{} ({})", cuda.chip().ordinal, cuda.chip().name);
+        }
+        "cpu".into()
+    }
+
+    /// The ternary kernel as reports name it: the CPU's, or the GPU's compute capability.
+    pub fn kernel_name(&self) -> String {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let (major, minor) = cuda.chip().compute;
+            return format!("sm_{major}{minor}");
+        }
+        self.cpu.kernel().name().into()
     }
 
     /// The candle device.
@@ -112,6 +173,10 @@ impl Backend {
     /// # Errors
     /// [`Error::Shape`] for weights that cannot be arranged so, [`Error::SelfCheck`] if the kernel is wrong here.
     pub fn pack(&self, weights: &[PackedTernary], arrangement: Arrangement) -> Result<TernaryWeight> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.pack(weights, arrangement).map(TernaryWeight::Cuda);
+        }
         self.cpu.pack(weights, arrangement).map(TernaryWeight::Cpu)
     }
 
@@ -120,6 +185,10 @@ impl Backend {
     /// # Errors
     /// [`Error::Unavailable`] if memory is short.
     pub fn batch(&self, capacity: usize) -> Result<Batch> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaBatch::new(cuda, capacity).map(Batch::Cuda);
+        }
         HostBatch::new(capacity).map(Batch::Cpu)
     }
 
@@ -128,10 +197,14 @@ impl Backend {
     /// # Errors
     /// [`Error::Unavailable`] if memory is short.
     pub fn rope(&self, table: RopeTable) -> Result<Rope> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaRope::new(cuda, &table).map(Rope::Cuda);
+        }
         Ok(Rope::Cpu(table))
     }
 
-    /// A dense matrix in a mapped file, which stays there on the CPU.
+    /// A dense matrix in a mapped file, which stays there on the CPU and is copied to a GPU.
     ///
     /// # Errors
     /// [`Error::Shape`] if the range does not hold the matrix.
@@ -143,6 +216,10 @@ impl Backend {
         file: Arc<MappedFile>,
         range: Range<usize>,
     ) -> Result<DenseWeight> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaDense::mapped(cuda, dtype, rows, cols, &file, range).map(DenseWeight::Cuda);
+        }
         CpuDense::mapped(dtype, rows, cols, file, range).map(DenseWeight::Cpu)
     }
 
@@ -157,6 +234,10 @@ impl Backend {
         cols: usize,
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<DenseWeight> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaDense::filled(cuda, dtype, rows, cols, fill).map(DenseWeight::Cuda);
+        }
         CpuDense::owned(dtype, rows, cols, fill).map(DenseWeight::Cpu)
     }
 
@@ -165,6 +246,10 @@ impl Backend {
     /// # Errors
     /// [`Error::Shape`] if `a` or `b` is no such matrix, [`Error::Unavailable`] if memory is short.
     pub fn low_rank(&self, rank: usize, a: &[f32], b: &[f32], scaling: f32) -> Result<LowRankWeight> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaLowRank::pack(cuda, rank, a, b, scaling).map(LowRankWeight::Cuda);
+        }
         CpuLowRank::pack(rank, a, b, scaling).map(LowRankWeight::Cpu)
     }
 
@@ -173,163 +258,19 @@ impl Backend {
     /// # Errors
     /// [`Error::Unavailable`] if memory is short.
     pub fn kv_layer(&self, dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<KvLayer> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return CudaKv::new(cuda, dtype, shape, slots, positions).map(KvLayer::Cuda);
+        }
         CpuKv::new(dtype, shape, slots, positions).map(KvLayer::Cpu)
     }
-}
 
-/// Ternary weights packed for a device's kernel.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum TernaryWeight {
-    /// For this CPU.
-    Cpu(CpuTernary),
-}
-
-impl TernaryWeight {
-    /// Output features of all stacked weights.
-    pub fn rows(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.rows(),
+    /// Decode steps of one model: none recorded yet.
+    pub fn steps(&self) -> Steps {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Steps::Cuda(cuda::Graphs::new(self.graphs), Arc::clone(cuda));
         }
+        Steps::Plain
     }
-
-    /// Input features.
-    pub fn cols(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.cols(),
-        }
-    }
-
-    /// The stacked weights.
-    pub fn segments(&self) -> &[Segment] {
-        match self {
-            Self::Cpu(w) => w.segments(),
-        }
-    }
-
-    /// Bytes that a decode step reads.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.bytes(),
-        }
-    }
-
-    /// The packed bytes, where this machine's memory holds them.
-    pub fn host_bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Cpu(w) => Some(w.data()),
-        }
-    }
-
-    /// What the weights were packed for.
-    pub fn arrangement(&self) -> Arrangement {
-        match self {
-            Self::Cpu(w) => w.arrangement(),
-        }
-    }
-
-    /// The layout that the weights were packed for.
-    pub fn layout(&self) -> LayoutId {
-        match self {
-            Self::Cpu(w) => w.layout(),
-        }
-    }
-}
-
-/// A dense matrix on a device.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum DenseWeight {
-    /// In this machine's memory.
-    Cpu(CpuDense),
-}
-
-impl DenseWeight {
-    /// Output features, or embedding entries.
-    pub fn rows(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.rows(),
-        }
-    }
-
-    /// Input features, or embedding width.
-    pub fn cols(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.cols(),
-        }
-    }
-
-    /// Stored type.
-    pub fn dtype(&self) -> DenseType {
-        match self {
-            Self::Cpu(w) => w.dtype(),
-        }
-    }
-
-    /// Stored bytes.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.bytes().len(),
-        }
-    }
-
-    /// The values, where this machine's memory holds them.
-    pub fn host_bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Cpu(w) => Some(w.bytes()),
-        }
-    }
-}
-
-/// A low-rank update on a device.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum LowRankWeight {
-    /// In this machine's memory.
-    Cpu(CpuLowRank),
-}
-
-impl LowRankWeight {
-    /// Inner dimension.
-    pub fn rank(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.rank(),
-        }
-    }
-
-    /// Output features.
-    pub fn rows(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.rows(),
-        }
-    }
-
-    /// Input features.
-    pub fn cols(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.cols(),
-        }
-    }
-
-    /// Stored bytes.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Cpu(w) => w.data().iter().map(|d| d.len()).sum(),
-        }
-    }
-
-    /// The stored bytes of both matrices, where this machine's memory holds them.
-    pub fn host_bytes(&self) -> Option<[&[u8]; 2]> {
-        match self {
-            Self::Cpu(w) => Some(w.data()),
-        }
-    }
-}
-
-/// One layer's keys and values on a device.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum KvLayer {
-    /// In this machine's memory.
-    Cpu(CpuKv),
 }

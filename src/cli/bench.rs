@@ -79,8 +79,8 @@ pub struct Args {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
-    device: &'static str,
-    kernel: &'static str,
+    device: String,
+    kernel: String,
     threads: usize,
     cpu: Option<String>,
     prefill_tokens: usize,

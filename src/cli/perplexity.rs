@@ -76,8 +76,8 @@ struct Report {
     windows: usize,
     /// The token before the text.
     bos: Option<u32>,
-    device: &'static str,
-    kernel: &'static str,
+    device: String,
+    kernel: String,
     threads: usize,
     kv_type: &'static str,
     seconds: f64,

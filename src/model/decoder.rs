@@ -225,10 +225,12 @@ impl Decoder {
     ) -> Result<R> {
         self.check(batch, cache)?;
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        workspace.with(batch, logits, |pass| {
-            self.run(pass, cache)?;
-            read(pass.outputs)
-        })
+        workspace.with(batch, logits, cache.id(), |pass| self.run(pass, cache), read)
+    }
+
+    /// Why decode steps are computed anew each time, once, where the device could not record them.
+    pub fn take_replay_failure(&self) -> Option<String> {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner).take_replay_failure()
     }
 
     /// The layers and the head: operations on tensors that exist, nothing else.

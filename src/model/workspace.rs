@@ -5,7 +5,7 @@ use super::config::ModelConfig;
 use super::decoder::{Logits, Sequence};
 use crate::Result;
 use crate::backend::attention::{AttentionShape, RowPosition};
-use crate::backend::{Backend, Batch};
+use crate::backend::{Backend, Batch, Steps};
 use candle_core::{DType, Device, Tensor};
 
 /// Rows of a decode step, one for each sequence, whose tensors are always there.
@@ -102,6 +102,8 @@ pub(super) struct Workspace {
     backend: Backend,
     widths: Widths,
     step: Batch,
+    /// Passes of one token of each sequence, which differ in what the batch holds alone.
+    steps: Steps,
     /// Views of the first 1, 2, … rows.
     step_activations: Vec<Activations>,
     step_outputs: Vec<Outputs>,
@@ -130,6 +132,7 @@ impl Workspace {
         Ok(Self {
             widths,
             step: backend.batch(STEP_ROWS)?,
+            steps: backend.steps(),
             step_activations: (1..=STEP_ROWS).map(|n| activations.first(n)).collect::<Result<_>>()?,
             step_outputs: (1..=STEP_ROWS).map(|n| outputs.first(n)).collect::<Result<_>>()?,
             large: None,
@@ -140,15 +143,18 @@ impl Workspace {
         })
     }
 
-    /// Prepares a pass over `sequences`, none of which is empty, and calls `run` with it.
+    /// Prepares a pass over `sequences`, none of which is empty, lets `run` compute it or replays what it computed before,
+    /// and calls `read` with what came out. `cache` identifies the KV cache.
     ///
     /// # Errors
-    /// As [`Batch::set`]; of the device, if it refuses memory for more rows; those of `run`.
+    /// As [`Batch::set`]; of the device, if it refuses memory for more rows; those of `run` and `read`.
     pub fn with<R>(
         &mut self,
         sequences: &[Sequence<'_>],
         logits: Logits,
-        run: impl FnOnce(Pass<'_>) -> Result<R>,
+        cache: u64,
+        run: impl Fn(Pass<'_>) -> Result<()>,
+        read: impl FnOnce(&Outputs) -> Result<R>,
     ) -> Result<R> {
         self.ids.clear();
         self.rows.clear();
@@ -175,7 +181,12 @@ impl Workspace {
             (&self.backend, self.widths, &self.ids, &self.rows, &self.picks[..]);
         if let Some(activations) = self.step_activations.get(rows - 1) {
             self.step.set(ids, positions)?;
-            return run(Pass { batch: &self.step, activations, picks, outputs });
+            let pass = Pass { batch: &self.step, activations, picks, outputs };
+            match rows == sequences.len() {
+                true => self.steps.run(&self.step, cache, || run(pass))?,
+                false => run(pass)?,
+            }
+            return read(outputs);
         }
         let new = |rows: usize| -> Result<Large> {
             let activations = Activations::new(widths, rows, backend.device())?;
@@ -196,6 +207,12 @@ impl Workspace {
         };
         large.batch.set(ids, positions)?;
         let activations = large.activations.first(rows)?;
-        run(Pass { batch: &large.batch, activations: &activations, picks, outputs })
+        run(Pass { batch: &large.batch, activations: &activations, picks, outputs })?;
+        read(outputs)
+    }
+
+    /// Why steps are not replayed any more, once.
+    pub fn take_replay_failure(&mut self) -> Option<String> {
+        self.steps.take_failure()
     }
 }

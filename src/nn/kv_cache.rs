@@ -5,6 +5,7 @@ use crate::backend::DenseType;
 use crate::backend::attention::AttentionShape;
 use crate::backend::{Backend, KvLayer};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Keys and values of all layers: `slots` sequences of `capacity` positions each, allocated once.
 ///
@@ -17,6 +18,7 @@ pub struct KvCache {
     dtype: DenseType,
     slots: usize,
     capacity: usize,
+    id: u64,
 }
 
 impl KvCache {
@@ -32,13 +34,20 @@ impl KvCache {
         slots: usize,
         capacity: usize,
     ) -> Result<Self> {
+        static CACHES: AtomicU64 = AtomicU64::new(0);
+        let id = CACHES.fetch_add(1, Ordering::Relaxed);
         let layer = |_| backend.kv_layer(dtype, shape, slots, capacity).map(Mutex::new);
-        Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, shape, dtype, slots, capacity })
+        Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()?, shape, dtype, slots, capacity, id })
     }
 
     /// One layer.
     pub(crate) fn layer(&self, index: usize) -> Option<&Mutex<KvLayer>> {
         self.layers.get(index)
+    }
+
+    /// A number that no other cache of this process has: replayed steps know their cache by it.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// Layers that the cache serves.

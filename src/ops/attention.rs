@@ -1,9 +1,13 @@
 //! Rotary embedding and attention with the KV cache.
 
 use super::{contiguous, expect, output};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::attention::AttentionShape;
 use crate::backend::{Backend, Batch, KvLayer, Rope};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use std::sync::{Mutex, PoisonError};
 
@@ -21,7 +25,7 @@ pub struct AttentionInput<'a> {
 }
 
 /// Rotates queries and keys of f32 `qkv` `[tokens, q | k | v]`, appends keys and values to the cache, and
-/// attends causally: replaces f32 `out` `[tokens, heads · head_dim]`.
+/// attends causally: replaces f32 `out` `[tokens, heads · head_dim]`. What `qkv` holds afterwards is not specified.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] for operands that do not fit; of candle, wrapping [`crate::Error::ContextFull`] for a position
@@ -49,10 +53,17 @@ impl InplaceOp2 for Attention<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, qkv: &CpuStorage, lq: &Layout) -> candle_core::Result<()> {
-        let AttentionInput { shape, batch, rope: Rope::Cpu(rope), kv } = self.input;
+        let AttentionInput { shape, batch, rope, kv } = self.input;
         let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
-        let KvLayer::Cpu(kv) = &mut *kv;
         let (qkv, out) = (contiguous(qkv, lq)?, output(out, lo)?);
-        Ok(self.backend.cpu().attention(shape, qkv, batch.rows(), rope, kv, out)?)
+        Ok(self.backend.cpu().attention(shape, qkv, batch.rows(), rope.cpu()?, kv.cpu_mut()?, out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, qkv: &CudaStorage, lq: &Layout) -> candle_core::Result<()> {
+        let AttentionInput { shape, batch, rope, kv } = self.input;
+        let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
+        let (cuda, qkv, mut out) = (self.backend.cuda()?, gpu(qkv, lq)?, gpu_output(out, lo)?);
+        Ok(cuda.attention(shape, &qkv, batch.cuda()?, rope.cuda()?, kv.cuda_mut()?, &mut out)?)
     }
 }

@@ -1,9 +1,13 @@
 //! Products with dense weights.
 
 use super::{Output, contiguous, matrix, output, shape_error};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::cpu::OutputColumns;
 use crate::backend::{Backend, DenseWeight};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 /// `y = x Wᵀ` in f32 for f32 `x` `[tokens, cols]` and a weight `[rows, cols]` in its stored type.
@@ -40,9 +44,14 @@ impl InplaceOp2 for DenseLinear<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
-        let DenseWeight::Cpu(weight) = self.weight;
         let values = output(out, lo)?;
         let out = OutputColumns { values, width: self.width, first: self.first_column, add: self.add };
-        Ok(self.backend.cpu().dense_linear(weight, contiguous(x, lx)?, out)?)
+        Ok(self.backend.cpu().dense_linear(self.weight.cpu()?, contiguous(x, lx)?, out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        let (cuda, x, mut out) = (self.backend.cuda()?, gpu(x, lx)?, gpu_output(out, lo)?);
+        Ok(cuda.dense_linear(self.weight.cuda()?, &x, &mut out, self.first_column, self.width, self.add)?)
     }
 }

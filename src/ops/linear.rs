@@ -1,9 +1,15 @@
 //! The quantised linear, with the norm before it and the gated activation after it.
 
 use super::{Output, contiguous, expect, expect_norm, matrix, output, shape_error};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::cpu::{Gate, OutputColumns};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{CudaView, CudaViewMut};
 use crate::backend::{Arrangement, Backend, TernaryWeight};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
 /// `y[t] = W q[t] / s_x[t]`, scaled per stacked weight, where `q` and `s_x` quantise each token of f32 `x` `[tokens, cols]`,
@@ -26,10 +32,11 @@ pub fn norm_linear(
     let Output { tensor, first_column, add } = out;
     let eps = norm.map_or(0.0, |(_, eps)| eps);
     let op = NormLinear { backend, weight, eps, width, first_column, add };
-    Ok(match norm {
-        None => tensor.inplace_op2(x, &op)?,
-        Some((norm, _)) => tensor.inplace_op3(x, norm, &op)?,
-    })
+    let applied = match norm {
+        None => tensor.inplace_op2(x, &op),
+        Some((norm, _)) => tensor.inplace_op3(x, norm, &op),
+    };
+    Ok(applied?)
 }
 
 /// `act(gate) · up` with `[gate | up]` as [`norm_linear`] computes it: replaces f32 `out` `[tokens, rows / 2]`.
@@ -48,10 +55,11 @@ pub fn gated_linear(
     let tokens = check(NAME, weight, Arrangement::GateUp, x, norm)?;
     expect(NAME, "output", out, tokens, weight.rows() / 2)?;
     let op = GatedLinear { backend, gate, weight, eps: norm.map_or(0.0, |(_, eps)| eps) };
-    Ok(match norm {
-        None => out.inplace_op2(x, &op)?,
-        Some((norm, _)) => out.inplace_op3(x, norm, &op)?,
-    })
+    let applied = match norm {
+        None => out.inplace_op2(x, &op),
+        Some((norm, _)) => out.inplace_op3(x, norm, &op),
+    };
+    Ok(applied?)
 }
 
 /// The tokens, if the operands fit.
@@ -89,9 +97,20 @@ impl NormLinear<'_> {
     const NAME: &'static str = "norm-linear";
 
     fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
-        let TernaryWeight::Cpu(weight) = self.weight;
         let out = OutputColumns { values: out, width: self.width, first: self.first_column, add: self.add };
-        Ok(self.backend.cpu().norm_linear(weight, x, norm.map(|n| (n, self.eps)), out)?)
+        Ok(self.backend.cpu().norm_linear(self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn run_on_gpu(
+        &self,
+        mut out: CudaViewMut<'_, f32>,
+        x: CudaView<'_, f32>,
+        norm: Option<CudaView<'_, f32>>,
+    ) -> candle_core::Result<()> {
+        let (cuda, weight) = (self.backend.cuda()?, self.weight.cuda()?);
+        let norm = norm.as_ref().map(|n| (n, self.eps));
+        Ok(cuda.norm_linear(weight, &x, norm, &mut out, self.first_column, self.width, self.add)?)
     }
 }
 
@@ -102,6 +121,11 @@ impl InplaceOp2 for NormLinear<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         self.run(output(out, lo)?, contiguous(x, lx)?, None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, None)
     }
 }
 
@@ -121,6 +145,19 @@ impl InplaceOp3 for NormLinear<'_> {
     ) -> candle_core::Result<()> {
         self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        out: &mut CudaStorage,
+        lo: &Layout,
+        x: &CudaStorage,
+        lx: &Layout,
+        norm: &CudaStorage,
+        ln: &Layout,
+    ) -> candle_core::Result<()> {
+        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, Some(gpu(norm, ln)?))
+    }
 }
 
 struct GatedLinear<'a> {
@@ -135,8 +172,18 @@ impl GatedLinear<'_> {
     const NAME: &'static str = "gated-linear";
 
     fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
-        let TernaryWeight::Cpu(weight) = self.weight;
-        Ok(self.backend.cpu().gated_linear(self.gate, weight, x, norm.map(|n| (n, self.eps)), out)?)
+        Ok(self.backend.cpu().gated_linear(self.gate, self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn run_on_gpu(
+        &self,
+        mut out: CudaViewMut<'_, f32>,
+        x: CudaView<'_, f32>,
+        norm: Option<CudaView<'_, f32>>,
+    ) -> candle_core::Result<()> {
+        let (cuda, weight) = (self.backend.cuda()?, self.weight.cuda()?);
+        Ok(cuda.gated_linear(self.gate, weight, &x, norm.as_ref().map(|n| (n, self.eps)), &mut out)?)
     }
 }
 
@@ -147,6 +194,11 @@ impl InplaceOp2 for GatedLinear<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         self.run(output(out, lo)?, contiguous(x, lx)?, None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, None)
     }
 }
 
@@ -165,5 +217,18 @@ impl InplaceOp3 for GatedLinear<'_> {
         ln: &Layout,
     ) -> candle_core::Result<()> {
         self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        out: &mut CudaStorage,
+        lo: &Layout,
+        x: &CudaStorage,
+        lx: &Layout,
+        norm: &CudaStorage,
+        ln: &Layout,
+    ) -> candle_core::Result<()> {
+        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, Some(gpu(norm, ln)?))
     }
 }

@@ -1,8 +1,12 @@
 //! Low-rank updates, LoRA's, beside quantised and dense linears.
 
 use super::{Output, contiguous, matrix, output, shape_error};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::{Backend, LowRankWeight};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
 /// Adds each update of f32 `x` `[tokens, cols]` to the columns of f32 `out` `[tokens, width]` that begin where its number
@@ -44,8 +48,15 @@ impl InplaceOp2 for LowRank<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
-        let updates: Vec<_> = self.updates.iter().map(|(at, LowRankWeight::Cpu(w))| (*at, w)).collect();
+        let updates = self.updates.iter().map(|(at, w)| Ok((*at, w.cpu()?))).collect::<Result<Vec<_>>>()?;
         let (x, out) = (contiguous(x, lx)?, output(out, lo)?);
         Ok(self.backend.cpu().low_rank(&updates, x, self.cols, self.width, out)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        let updates = self.updates.iter().map(|(at, w)| Ok((*at, w.cuda()?))).collect::<Result<Vec<_>>>()?;
+        let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
+        Ok(self.backend.cuda()?.low_rank(&updates, &x, self.width, &mut out)?)
     }
 }

@@ -1,7 +1,8 @@
 //! The decoder's operations as candle in-place ops: the same call on every device, routed by storage.
 //!
 //! Each writes into a tensor that its caller made, so that a forward pass allocates nothing. A function checks its operands,
-//! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`]; weights live in the op, borrowed. All
+//! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`] and whose `cuda_fwd` calls
+//! `crate::backend::cuda::Cuda`; weights live in the op, borrowed. All
 //! tensors are contiguous f32 `[tokens, columns]`, and an output shares no storage with an input.
 
 mod attention;
@@ -22,6 +23,10 @@ pub use output::Output;
 pub use rows::{embed, select_rows};
 
 use crate::Error;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{CudaView, CudaViewMut};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor, WithDType};
 
 /// The elements of a contiguous CPU operand.
@@ -46,6 +51,24 @@ fn output<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f
     match storage {
         CpuStorage::F32(values) => contiguous_mut(values, layout),
         _ => candle_core::bail!("output with shape {:?} is not f32", layout.shape()),
+    }
+}
+
+/// The elements of a contiguous f32 operand on a GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpu<'a>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, f32>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice::<f32>()?.slice(start..end)),
+        None => candle_core::bail!("operand with shape {:?} is not contiguous", layout.shape()),
+    }
+}
+
+/// The elements of an op's output on a GPU.
+#[cfg(feature = "cuda")]
+fn gpu_output<'a>(storage: &'a mut CudaStorage, layout: &Layout) -> Result<CudaViewMut<'a, f32>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(storage.as_cuda_slice_mut::<f32>()?.slice_mut(start..end)),
+        None => candle_core::bail!("output with shape {:?} is not contiguous", layout.shape()),
     }
 }
 

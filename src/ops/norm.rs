@@ -1,9 +1,13 @@
 //! RMSNorm and gated activations in f32, for what stands before a weight that is not ternary.
 
 use super::{contiguous, expect, expect_norm, matrix, output};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Gate;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
 /// `weight · x / sqrt(mean(x²) + eps)` for each token of f32 `x` `[tokens, cols]`: replaces `out`, of the same shape.
@@ -55,6 +59,20 @@ impl InplaceOp3 for RmsNorm<'_> {
         let (x, weight) = (contiguous(x, lx)?, contiguous(weight, lw)?);
         Ok(self.backend.cpu().rms_norm(x, weight, self.eps, output(out, lo)?)?)
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        out: &mut CudaStorage,
+        lo: &Layout,
+        x: &CudaStorage,
+        lx: &Layout,
+        weight: &CudaStorage,
+        lw: &Layout,
+    ) -> candle_core::Result<()> {
+        let (x, weight, mut out) = (gpu(x, lx)?, gpu(weight, lw)?, gpu_output(out, lo)?);
+        Ok(self.backend.cuda()?.rms_norm(&x, &weight, self.eps, &mut out)?)
+    }
 }
 
 struct Gated<'a> {
@@ -74,5 +92,11 @@ impl InplaceOp2 for Gated<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         Ok(self.backend.cpu().gated(self.gate, contiguous(x, lx)?, self.cols, output(out, lo)?)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
+        Ok(self.backend.cuda()?.gated(self.gate, &x, self.cols, &mut out)?)
     }
 }

@@ -1,8 +1,12 @@
 //! Rows of an embedding and of other tensors.
 
 use super::{contiguous, expect, matrix, output, shape_error};
+#[cfg(feature = "cuda")]
+use super::{gpu, gpu_output};
 use crate::backend::{Backend, Batch, DenseWeight};
 use crate::{Error, Result};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp1, InplaceOp2, Layout, Tensor};
 
 /// The batch's rows of an embedding, widened: replaces f32 `out` `[tokens, cols]`.
@@ -48,8 +52,12 @@ impl InplaceOp1 for Embed<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout) -> candle_core::Result<()> {
-        let DenseWeight::Cpu(weight) = self.weight;
-        Ok(self.backend.cpu().embed(weight, self.batch.ids(), output(out, lo)?)?)
+        Ok(self.backend.cpu().embed(self.weight.cpu()?, self.batch.ids(), output(out, lo)?)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout) -> candle_core::Result<()> {
+        Ok(self.backend.cuda()?.embed(self.weight.cuda()?, self.batch.cuda()?, &mut gpu_output(out, lo)?)?)
     }
 }
 
@@ -70,5 +78,11 @@ impl InplaceOp2 for SelectRows<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         Ok(self.backend.cpu().select_rows(contiguous(x, lx)?, self.cols, self.rows, output(out, lo)?)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
+        let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
+        Ok(self.backend.cuda()?.select_rows(&x, self.cols, self.rows, &mut out)?)
     }
 }

@@ -41,9 +41,10 @@ pub use ternary::CudaTernary;
 
 use crate::{Error, Result};
 use candle_core::CudaDevice;
+use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A GPU with its kernels, scratch memory and one stream: a candle device's.
 pub struct Cuda {
@@ -81,6 +82,22 @@ impl Cuda {
             profile: profile::Profile::default(),
         };
         cuda.self_check()?;
+        Ok(cuda)
+    }
+
+    /// As [`Cuda::new`]; backends of the same candle device that live at the same time share one.
+    ///
+    /// # Errors
+    /// As [`Cuda::new`].
+    pub fn shared(device: &CudaDevice) -> Result<Arc<Self>> {
+        static OPEN: Mutex<Vec<(DeviceId, Weak<Cuda>)>> = Mutex::new(Vec::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|(_, cuda)| cuda.strong_count() > 0);
+        if let Some(cuda) = open.iter().find(|(id, _)| *id == device.id()).and_then(|(_, cuda)| cuda.upgrade()) {
+            return Ok(cuda);
+        }
+        let cuda = Arc::new(Self::new(device)?);
+        open.push((device.id(), Arc::downgrade(&cuda)));
         Ok(cuda)
     }
 

@@ -40,7 +40,7 @@ struct Summary {
     latency_seconds_median: f64,
     latency_seconds_max: f64,
     total_seconds: f64,
-    kernel: &'static str,
+    kernel: String,
     threads: usize,
     results: Vec<Outcome>,
 }

@@ -2,8 +2,9 @@
 //! kept for the backward pass.
 
 use super::{FrozenWeight, f32_storage, require_f32, tensor_like, with_values};
+use crate::backend::Backend;
+use crate::backend::cpu::CpuLowRank;
 use crate::backend::cpu::autograd::{self, Matrix, matmul};
-use crate::backend::{Backend, LowRankWeight};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use std::borrow::Cow;
@@ -139,7 +140,7 @@ impl CustomOp3 for Adapted {
         let mut sums = vec![0.0; out.len()];
         for (u, at_a, at_b) in self.placed() {
             let (a, b) = (&a[at_a..at_a + u.rank * cols], &b[at_b..at_b + u.rank * u.rows]);
-            let LowRankWeight::Cpu(packed) = self.backend.low_rank(u.rank, a, b, u.scaling)?;
+            let packed = CpuLowRank::pack(u.rank, a, b, u.scaling)?;
             self.backend.cpu().low_rank(&[(u.first_row, &packed)], &self.dropped(h, u), cols, rows, &mut sums)?;
         }
         out.iter_mut().zip(&sums).for_each(|(y, update)| *y += update);

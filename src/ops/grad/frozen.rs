@@ -41,10 +41,7 @@ impl FrozenWeight {
     /// Rows `range` as f32.
     fn widen(&self, range: Range<usize>, out: &mut [f32]) -> Result<()> {
         match self {
-            Self::Ternary(w) => {
-                let TernaryWeight::Cpu(w) = &**w;
-                Ok(w.dequantize_rows(range, out)?)
-            }
+            Self::Ternary(w) => Ok(w.cpu()?.dequantize_rows(range, out)?),
             Self::Dense(w) => {
                 let stride = w.cols() * w.dtype().size();
                 let bytes = w.host_bytes().and_then(|b| b.get(range.start * stride..range.end * stride));
@@ -61,14 +58,8 @@ impl FrozenWeight {
         let mut out = vec![0.0; x.len() / cols * rows];
         let (cpu, columns) = (backend.cpu(), OutputColumns::whole(&mut out, rows));
         match self {
-            Self::Ternary(w) => {
-                let TernaryWeight::Cpu(w) = &**w;
-                cpu.norm_linear(w, x, None, columns)?;
-            }
-            Self::Dense(w) => {
-                let DenseWeight::Cpu(w) = &**w;
-                cpu.dense_linear(w, x, columns)?;
-            }
+            Self::Ternary(w) => cpu.norm_linear(w.cpu()?, x, None, columns)?,
+            Self::Dense(w) => cpu.dense_linear(w.cpu()?, x, columns)?,
         }
         Ok(out)
     }

@@ -4,7 +4,8 @@
 use super::attention::{check, gradient};
 use super::{f32_storage, require_f32};
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
-use crate::backend::{Backend, DenseType, KvLayer};
+use crate::backend::cpu::CpuKv;
+use crate::backend::{Backend, DenseType};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use std::sync::Arc;
@@ -40,7 +41,7 @@ impl CustomOp1 for FrozenAttention {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (sequences, length, width) = (self.sequences, self.length, self.shape.heads * self.shape.head_dim);
-        let KvLayer::Cpu(mut kv) = self.backend.kv_layer(DenseType::F32, self.shape, sequences, length)?;
+        let mut kv = CpuKv::new(DenseType::F32, self.shape, sequences, length)?;
         let row = |t: usize| RowPosition { slot: t / length, position: t % length };
         let rows: Vec<RowPosition> = (0..sequences * length).map(row).collect();
         let mut out = vec![0.0; sequences * length * width];

@@ -57,7 +57,7 @@ impl CustomOp1 for FrozenCrossEntropy {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let hidden = contiguous::<f32>(s, l)?;
-        let DenseWeight::Cpu(weight) = &*self.head;
+        let weight = self.head.cpu()?;
         let (vocab, cols) = (weight.rows(), weight.cols());
         let chunk = (CHUNK_LOGITS / vocab).clamp(1, self.rows.len().max(1));
         let (mut x, mut logits) = (vec![0.0; chunk * cols], vec![0.0; chunk * vocab]);

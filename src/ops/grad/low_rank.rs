@@ -1,8 +1,9 @@
 //! LoRA's update with its gradients.
 
 use super::{f32_storage, require_f32, tensor_like, with_values};
+use crate::backend::Backend;
+use crate::backend::cpu::CpuLowRank;
 use crate::backend::cpu::autograd::{Matrix, matmul};
-use crate::backend::{Backend, LowRankWeight};
 use crate::ops::contiguous;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
@@ -49,7 +50,7 @@ impl CustomOp3 for LowRank {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (a, b) = (contiguous(s2, l2)?, contiguous(s3, l3)?);
-        let LowRankWeight::Cpu(weight) = self.backend.low_rank(self.rank, a, b, self.scaling)?;
+        let weight = CpuLowRank::pack(self.rank, a, b, self.scaling)?;
         let mut out = vec![0.0; self.tokens * self.rows];
         self.backend.cpu().low_rank(&[(0, &weight)], contiguous(s1, l1)?, self.cols, self.rows, &mut out)?;
         Ok((f32_storage(out), Shape::from((self.tokens, self.rows))))

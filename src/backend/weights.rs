@@ -1,0 +1,205 @@
+//! What a model keeps on a device: weights and caches.
+
+#[cfg(feature = "cuda")]
+use super::any::elsewhere;
+use super::any::{on_any, on_cpu, on_gpu};
+use super::cpu::{CpuDense, CpuKv, CpuLowRank, CpuTernary, Segment};
+#[cfg(feature = "cuda")]
+use super::cuda::{CudaDense, CudaKv, CudaLowRank, CudaTernary};
+use super::dense_type::DenseType;
+use super::layout::{Arrangement, LayoutId};
+use crate::Result;
+
+/// Ternary weights packed for a device's kernel.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum TernaryWeight {
+    /// For this CPU.
+    Cpu(CpuTernary),
+    /// For this GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaTernary),
+}
+
+impl TernaryWeight {
+    on_cpu!("weight", CpuTernary);
+    on_gpu!("weight", CudaTernary);
+
+    /// Output features of all stacked weights.
+    pub fn rows(&self) -> usize {
+        on_any!(self, w => w.rows())
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        on_any!(self, w => w.cols())
+    }
+
+    /// The stacked weights.
+    pub fn segments(&self) -> &[Segment] {
+        on_any!(self, w => w.segments())
+    }
+
+    /// Bytes that a decode step reads.
+    pub fn bytes(&self) -> usize {
+        on_any!(self, w => w.bytes())
+    }
+
+    /// The packed bytes, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Cpu(w) => Some(w.data()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+
+    /// What the weights were packed for.
+    pub fn arrangement(&self) -> Arrangement {
+        on_any!(self, w => w.arrangement())
+    }
+
+    /// The layout that the weights were packed for.
+    pub fn layout(&self) -> LayoutId {
+        match self {
+            Self::Cpu(w) => w.layout(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => LayoutId::CudaTiles,
+        }
+    }
+}
+
+/// A dense matrix on a device.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum DenseWeight {
+    /// In this machine's memory.
+    Cpu(CpuDense),
+    /// In a GPU's memory.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaDense),
+}
+
+impl DenseWeight {
+    on_cpu!("dense weight", CpuDense);
+    on_gpu!("dense weight", CudaDense);
+
+    /// Output features, or embedding entries.
+    pub fn rows(&self) -> usize {
+        on_any!(self, w => w.rows())
+    }
+
+    /// Input features, or embedding width.
+    pub fn cols(&self) -> usize {
+        on_any!(self, w => w.cols())
+    }
+
+    /// Stored type.
+    pub fn dtype(&self) -> DenseType {
+        on_any!(self, w => w.dtype())
+    }
+
+    /// Stored bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.bytes().len(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(w) => w.bytes(),
+        }
+    }
+
+    /// The values, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Cpu(w) => Some(w.bytes()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+}
+
+/// A low-rank update on a device.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum LowRankWeight {
+    /// In this machine's memory.
+    Cpu(CpuLowRank),
+    /// In a GPU's memory.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaLowRank),
+}
+
+impl LowRankWeight {
+    on_cpu!("low-rank update", CpuLowRank);
+    on_gpu!("low-rank update", CudaLowRank);
+
+    /// Inner dimension.
+    pub fn rank(&self) -> usize {
+        on_any!(self, w => w.rank())
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        on_any!(self, w => w.rows())
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        on_any!(self, w => w.cols())
+    }
+
+    /// Stored bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Cpu(w) => w.data().iter().map(|d| d.len()).sum(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(w) => w.bytes(),
+        }
+    }
+
+    /// The stored bytes of both matrices, where this machine's memory holds them.
+    pub fn host_bytes(&self) -> Option<[&[u8]; 2]> {
+        match self {
+            Self::Cpu(w) => Some(w.data()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => None,
+        }
+    }
+}
+
+/// One layer's keys and values on a device.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum KvLayer {
+    /// In this machine's memory.
+    Cpu(CpuKv),
+    /// In a GPU's memory.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaKv),
+}
+
+impl KvLayer {
+    /// The cache in this machine's memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if it lies elsewhere.
+    pub(crate) fn cpu_mut(&mut self) -> Result<&mut CpuKv> {
+        match self {
+            Self::Cpu(kv) => Ok(kv),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => Err(elsewhere("KV cache", "the CPU")),
+        }
+    }
+
+    /// The cache on a GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if it lies elsewhere.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda_mut(&mut self) -> Result<&mut CudaKv> {
+        match self {
+            Self::Cuda(kv) => Ok(kv),
+            Self::Cpu(_) => Err(elsewhere("KV cache", "the GPU")),
+        }
+    }
+}
