@@ -196,6 +196,15 @@ fn shape(op: &'static str, reason: String) -> Error {
     Error::Shape { op, reason }
 }
 
+/// Refuses addresses of rows that kernels read 16 bytes at a time and could not. Allocations start at such addresses, and so
+/// does every row of a multiple of 4 values in them.
+fn aligned<const N: usize>(op: &'static str, addresses: [u64; N]) -> Result<()> {
+    match addresses.iter().find(|a| !a.is_multiple_of(16)) {
+        None => Ok(()),
+        Some(a) => Err(shape(op, format!("rows at address {a:#x}, which is no multiple of 16 bytes"))),
+    }
+}
+
 /// A number as kernels take it.
 fn int(op: &'static str, name: &str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| shape(op, format!("{value} {name} exceed {}", i32::MAX)))

@@ -3,6 +3,7 @@
 use super::failure;
 use crate::{Error, Result};
 use candle_core::Device;
+use candle_core::cuda_backend::CudaError;
 use candle_core::cuda_backend::cudarc::driver::CudaContext;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -28,13 +29,25 @@ pub fn open(ordinal: usize) -> Result<Device> {
         return Err(failure::unavailable(what(), format!("{there}; use --device cpu or another number")));
     }
     let device = guarded(|| Device::new_cuda_with_stream(ordinal))?;
-    let device = device.map_err(|e| failure::unavailable(what(), format!("candle could not open it: {e}")))?;
+    let device = device.map_err(|e| failure::unavailable(what(), told(&e)))?;
     if let Device::Cuda(cuda) = &device {
         // SAFETY: candle allocates, uses and frees all memory of this device in its one stream, so the order of the
         // stream is all the synchronization that is needed.
         unsafe { cuda.disable_event_tracking() };
     }
     Ok(device)
+}
+
+/// What the driver told candle, without a stack trace.
+fn told(e: &candle_core::Error) -> String {
+    match e {
+        candle_core::Error::WithBacktrace { inner, .. } => told(inner),
+        candle_core::Error::Cuda(e) => match e.downcast_ref() {
+            Some(CudaError::Cuda(e)) => failure::text(*e),
+            _ => e.to_string(),
+        },
+        e => e.to_string(),
+    }
 }
 
 /// The number of GPUs.
