@@ -39,7 +39,7 @@ impl DeviceDraw {
     /// bias), or to name what is wrong with the logits.
     ///
     /// # Errors
-    /// [`crate::Error::Unavailable`] for what fails on the device.
+    /// [`crate::Error::Device`] for what fails on the device.
     pub fn draw(&mut self, logits: &Tensor, sampler: &mut Sampler) -> Result<Option<Sampled>> {
         let Some(sampling) = sampler.on_device() else { return Ok(None) };
         if sampling.has_penalties() {

@@ -176,7 +176,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::ContextFull`] for a position outside the cache or the table, [`Error::Shape`] for operands that do not
-    /// fit, [`Error::Unavailable`] for what fails on the device.
+    /// fit, [`Error::Device`] for what fails on the device.
     pub fn attention(
         &self,
         heads: AttentionShape,

@@ -89,7 +89,7 @@ impl Graphs {
     /// thread launched in the device's stream would be recorded with it: the caller sees to it that there is none.
     ///
     /// # Errors
-    /// Those of `run` when it runs as it is; [`crate::Error::Unavailable`] if a graph cannot be launched.
+    /// Those of `run` when it runs as it is; [`crate::Error::Device`] if a graph cannot be launched.
     pub fn replay(&mut self, cuda: &Cuda, key: GraphKey, mut run: impl FnMut() -> Result<()>) -> Result<()> {
         if !self.on || cuda.profile.is_on() {
             return run();

@@ -74,7 +74,7 @@ impl Cuda {
     /// `[tokens, width]`, none of it part of another. `weight` is stacked.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Unavailable`] for what fails on the device.
+    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Device`] for what fails on the device.
     #[allow(clippy::too_many_arguments)]
     pub fn norm_linear(
         &self,

@@ -109,7 +109,7 @@ impl Cuda {
     /// Free and total bytes of device memory, as the driver counts them for all processes.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the driver does not answer.
+    /// [`Error::Device`] if the driver does not answer.
     pub fn memory(&self) -> Result<(usize, usize)> {
         let memory = self.stream.context().mem_get_info();
         memory.map_err(|e| failure::driver(&self.stream, "the size of device memory", e))
@@ -118,7 +118,7 @@ impl Cuda {
     /// Waits until the device has done all that was asked of it.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for what went wrong on the device since the last time.
+    /// [`Error::Device`] for what went wrong on the device since the last time.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| failure::driver(&self.stream, "waiting for the device", e))
     }
