@@ -9,6 +9,8 @@ mod bandwidth;
 mod batch;
 mod chip;
 mod dense;
+#[cfg(target_os = "linux")]
+mod driver;
 mod failure;
 mod graph;
 mod images;

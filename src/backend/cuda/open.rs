@@ -52,6 +52,10 @@ fn told(e: &candle_core::Error) -> String {
 
 /// The number of GPUs.
 fn devices() -> Result<usize> {
+    #[cfg(target_os = "linux")]
+    if !super::driver::is_present() {
+        return Err(no_driver());
+    }
     let count = guarded(CudaContext::device_count)?;
     let count = count.map_err(|e| failure::unavailable("CUDA", failure::text(e)))?;
     Ok(usize::try_from(count).unwrap_or(0))
@@ -60,10 +64,12 @@ fn devices() -> Result<usize> {
 /// Runs calls into the driver. A build that links the driver gets errors from all of them; one that loads it at run time
 /// (cudarc's `dynamic-loading`, which another crate of a program can turn on) panics where there is no driver.
 fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(call)).map_err(|_| Error::Unavailable {
-        what: "CUDA".into(),
-        reason: "the driver's library (libcuda.so.1, nvcuda.dll) cannot be loaded; install the NVIDIA driver or use \
-                 --device cpu"
-            .into(),
-    })
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| no_driver())
+}
+
+fn no_driver() -> Error {
+    let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    let reason =
+        format!("the driver's library ({library}) cannot be loaded; install the NVIDIA driver or use --device cpu");
+    failure::unavailable("CUDA", reason)
 }
