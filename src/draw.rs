@@ -34,7 +34,7 @@ impl TokenDraw {
     ///
     /// # Errors
     /// [`Error::Shape`] for logits that do not fit, [`Error::Logits`] for a row that no token can be drawn from,
-    /// [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Device`] for what fails on the device.
     pub fn draw(&mut self, logits: &Tensor, samplers: &mut [Sampler], drawn: &mut Vec<Sampled>) -> Result<()> {
         if logits.dims() != [samplers.len(), self.vocab] {
             let reason = format!("{:?} logits for {} rows of {}", logits.dims(), samplers.len(), self.vocab);

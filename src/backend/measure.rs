@@ -29,7 +29,7 @@ impl Backend {
     /// Waits until the device has done all that was asked of it; the CPU always has.
     ///
     /// # Errors
-    /// [`crate::Error::Unavailable`] for what went wrong on the device since the last time.
+    /// [`crate::Error::Device`] for what went wrong on the device since the last time.
     pub fn synchronize(&self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Ok(cuda) = self.cuda() {

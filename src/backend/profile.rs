@@ -79,7 +79,7 @@ impl Backend {
     /// What was timed since the last call, the longest first; waits for the device.
     ///
     /// # Errors
-    /// [`crate::Error::Unavailable`] for what went wrong on the device.
+    /// [`crate::Error::Device`] for what went wrong on the device.
     pub fn take_profile(&self) -> Result<Vec<OpTime>> {
         #[cfg(feature = "cuda")]
         if let Ok(cuda) = self.cuda() {

@@ -141,6 +141,44 @@ fn without_a_gpu_the_cpu_runs_and_says_why() {
     run(&["doctor", "--device", "cuda:7"]).fails(1, &["GPU 7"]);
 }
 
+/// The libraries that the program was linked with, in a folder without the driver's.
+#[cfg(target_os = "linux")]
+fn libraries_without_the_driver() -> tempfile::TempDir {
+    let (dir, path) = (tempfile::tempdir().unwrap(), std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default());
+    let folders = std::env::split_paths(&path).filter_map(|folder| std::fs::read_dir(folder).ok());
+    for file in folders.flatten().flatten() {
+        if !file.file_name().to_string_lossy().starts_with("libcuda.") {
+            // The first of a name is the one that counts.
+            let _ = std::os::unix::fs::symlink(file.path(), dir.path().join(file.file_name()));
+        }
+    }
+    dir
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_program_starts_without_a_driver() {
+    if !is_emulated() {
+        return;
+    }
+    let libraries = libraries_without_the_driver();
+    let hidden: Settings<'_> = &[("LD_LIBRARY_PATH", libraries.path().to_str().unwrap())];
+    let json = run_where(hidden, &["doctor", "--json"]).json();
+    let cuda = &json["devices"][1];
+    if cuda["present"] == true {
+        eprintln!("a driver is installed on this machine, where nothing hides it; nothing was run");
+        return;
+    }
+    assert!(cuda["reason"].as_str().unwrap().contains("libcuda.so.1"), "{json}");
+    assert!(
+        json["auto"]["device"] == "cpu" && json["auto"]["why"].as_str().unwrap().contains("libcuda.so.1"),
+        "{json}"
+    );
+    let auto = run_where(hidden, &generate("auto", &["--greedy"])).json();
+    assert_eq!(auto["tokens"], run(&generate("cpu", &["--greedy"])).json()["tokens"]);
+    run_where(hidden, &generate("cuda", &[])).fails(1, &["libcuda.so.1", "install the NVIDIA driver", "--device cpu"]);
+}
+
 #[test]
 fn an_old_chip_is_named_and_left_alone() {
     if !is_emulated() {
