@@ -194,4 +194,34 @@ mod tests {
         let error = draw.draw(&nan, &mut samplers[..1], &mut drawn).unwrap_err();
         assert!(matches!(error, Error::Logits(_)), "{error}");
     }
+
+    /// Rows with penalties, which a GPU keeps marks for, beside one without and one that only the host can draw.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_draws_each_row_as_the_host_does() {
+        if crate::backend::cuda::count() == 0 {
+            eprintln!("there is no CUDA device here, nothing was run");
+            return;
+        }
+        let gpu = crate::backend::cuda::open(0).unwrap();
+        let greedy = || GenerateOptions::new().greedy();
+        for last in [greedy().presence_penalty(0.5), greedy().logit_bias(2, 9.0)] {
+            let run = |device: &Device| {
+                let all = [greedy().repetition_penalty(2.0), greedy(), greedy().frequency_penalty(1.0), last.clone()];
+                let mut samplers = all.map(sampler);
+                let mut draw = TokenDraw::new(&Backend::for_device(device).unwrap(), 4, 4).unwrap();
+                let logits = Tensor::new(&[[4.0f32, 3.0, 2.9, 0.5]; 4], device).unwrap();
+                let (mut drawn, mut all) = (Vec::new(), Vec::new());
+                for _ in 0..5 {
+                    draw.draw(&logits, &mut samplers, &mut drawn).unwrap();
+                    samplers.iter_mut().zip(&drawn).for_each(|(sampler, drawn)| sampler.accept(drawn.token));
+                    all.push(drawn.iter().map(|s| s.token).collect::<Vec<_>>());
+                }
+                all
+            };
+            let host = run(&Device::Cpu);
+            assert!(host.iter().any(|row| row[0] != row[1]), "{host:?}");
+            assert_eq!(run(&gpu), host);
+        }
+    }
 }
