@@ -10,7 +10,11 @@ use std::path::Path;
 fn run_in(dir: &Path, args: &[&str]) -> Ran {
     let gone = dir.join("no-cache");
     let mut command = bitnet(args);
-    command.current_dir(dir).env_clear();
+    command.current_dir(dir).env_clear().envs(crate::NO_GPUS);
+    if let Some(path) = std::env::var_os("LD_LIBRARY_PATH").filter(|_| cfg!(feature = "cuda")) {
+        // CUDA's libraries, which the program was linked with.
+        command.env("LD_LIBRARY_PATH", path);
+    }
     command.env("HOME", &gone).env("HF_HOME", &gone).env("HF_ENDPOINT", "http://127.0.0.1:9");
     Ran::of(command.output().unwrap())
 }
