@@ -19,7 +19,7 @@ case "$dir" in *[\ \'\"\$]*) echo "cuda_toolkit.sh: $dir: nvcc cannot live in a 
 installed="$(cat "$dir/packages" 2>/dev/null || true)"
 if [ "$installed" != "$packages" ]; then
     # shellcheck disable=SC2086
-    "${PYTHON:-python3}" -m pip install --quiet --no-deps --no-compile --upgrade --target "$dir" $packages >&2
+    PIP_ROOT_USER_ACTION=ignore "${PYTHON:-python3}" -m pip install --quiet --no-deps --no-compile --upgrade --target "$dir" $packages >&2
     ln -sfn lib "$home/lib64"
     for library in cublas cublasLt cudart nvrtc nvvm curand; do # the linker looks for names without a version
         file="$(cd "$home/lib" && ls lib$library.so.[0-9]* | head -1)"
@@ -33,9 +33,9 @@ stub="$home/lib/stubs/libcuda.so.1"
 if [ ! -e "$stub" ]; then
     mkdir -p "${stub%/*}"
     {
-        echo 'static int text(int e, const char **s) { *s = e == 100 ? "no CUDA-capable device is detected" : "no CUDA driver"; return 0; }'
-        echo 'int cuGetErrorString(int e, const char **s) { return text(e, s); }'
-        echo 'int cuGetErrorName(int e, const char **s) { return text(e, s); }'
+        echo 'static int say(const char **to, const char *text) { *to = text; return 0; }'
+        echo 'int cuGetErrorString(int e, const char **s) { return say(s, "no CUDA-capable device is detected"); }'
+        echo 'int cuGetErrorName(int e, const char **s) { return say(s, "CUDA_ERROR_NO_DEVICE"); }'
         echo 'int cuProfilerStart(void) { return 100; }' # declared in a header that the packages lack
         echo 'int cuProfilerStop(void) { return 100; }'
         "${CC:-cc}" -E -P -D__CUDA_API_VERSION_INTERNAL -x c "$home/include/cuda.h" |

@@ -87,7 +87,7 @@ pack() {
     cp -r models/shakespeare "$stage/models"
     cp scripts/gpu.sh "$stage/scripts"
     # The other libraries are hundreds of megabytes, and come with every toolkit and with PyTorch.
-    cp -L "${CUDA_HOME:-$(dirname "$(command -v "$nvcc")")/..}"/lib*/libcudart.so.1[0-9] "$stage/lib"
+    cp -L "${CUDA_HOME:-$(dirname "$(command -v "$nvcc")")/..}"/lib64/libcudart.so.1[0-9] "$stage/lib"
     {
         echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ', with changes')"
         echo "packed $(date -u +%FT%TZ) for compute capability $chip"
@@ -189,10 +189,10 @@ part() {
 # The same text from the CPU, the GPU with graphs and the GPU without.
 same_text() {
     local prompt=$1 want got flag status=0
-    want="$(bin/bitnet generate --greedy -n 200 --device cpu -p "$prompt")"
+    want="$(bin/bitnet generate --greedy -n 200 --device cpu -p "$prompt")" || return 1
     for flag in "" --no-graph; do
         # shellcheck disable=SC2086
-        got="$(bin/bitnet generate --greedy -n 200 --device cuda $flag -p "$prompt")" || status=1
+        got="$(bin/bitnet generate --greedy -n 200 --device cuda $flag -p "$prompt")" || { status=1; continue; }
         if [ "$got" = "$want" ]; then
             echo "cuda $flag: ${#got} characters, the same as the CPU's"
         else
@@ -203,17 +203,29 @@ same_text() {
     return $status
 }
 
+# A test program of Rust's; none chosen is no pass.
+rust_tests() {
+    local status
+    # shellcheck disable=SC2086
+    bin/test_$1 ${2:-} 2>&1 | tee "$OUT/.tests"
+    status=${PIPESTATUS[0]}
+    ! grep -q '^test result: ok. 0 passed' "$OUT/.tests" || { echo "no test was run"; status=1; }
+    rm "$OUT/.tests"
+    return "$status"
+}
+
 run_suites() {
     part 90 tests.log "suites: kernels" bin/kernel_tests
     part 60 tests.log "suites: models" bin/model_tests
 }
 run_tests() {
     local name filter
+    export -f rust_tests
     for name in candle_bitnet bitnet $tests; do
         filter=""
         [ "$name" != cli ] || filter=cuda # the others take the device that `auto` picks, and know the CPU's answers
-        # shellcheck disable=SC2086
-        part 120 tests.log "tests: $name $filter" bin/test_$name $filter
+        # shellcheck disable=SC2016
+        part 120 tests.log "tests: $name${filter:+, $filter}" bash -c 'rust_tests "$@"' - "$name" $filter
     done
 }
 run_greedy() {
@@ -245,8 +257,8 @@ run_bench() {
         part 90 bench.json "bench: batch 8, prefill 512" $bench --batch 8 --pp 512 --tg 128 --json
         part 90 bench.json "bench: batch 1, prefill 2048" $bench --pp 2048 --tg 128 --json
         part 90 bench.json "bench: without graphs" $bench --no-graph --pp 512 --tg 128 --json
-        part 90 bench.log "bench: by kernel" $bench --profile --pp 512 --tg 128
-        part 90 bench.log "bench: by kernel, batch 8" $bench --profile --batch 8 --pp 512 --tg 128
+        part 90 bench.json "bench: by kernel" $bench --profile --pp 512 --tg 128 --json
+        part 90 bench.json "bench: by kernel, batch 8" $bench --profile --batch 8 --pp 512 --tg 128 --json
     }
 }
 
@@ -264,6 +276,7 @@ run() {
     [ ${#parts[@]} -gt 0 ] || parts=(suites tests greedy sanitizer bench)
     for p in "${parts[@]}"; do declare -F "run_$p" >/dev/null || { say "no part is called $p"; usage; }; done
     cd "$root"
+    set +e # from here on failures are recorded
     export BITNET_REQUIRE_GPU=1 CARGO_BIN_EXE_bitnet="$root/bin/bitnet"
     find_libraries >"$OUT/machine.txt" # not in a pipe: it exports
     rm -f "$OUT"/{tests.log,sanitizer.log,bench.log,bench.json,summary.txt}
