@@ -1,17 +1,15 @@
 //! The façade: a checkpoint loaded onto a device, its text tools, and one sequence to generate with.
 
 use crate::backend::cpu::{CpuOptions, KernelKind};
-use crate::backend::{Backend, DenseType};
+use crate::backend::{Backend, DenseType, DeviceMemory};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::hub::HubOptions;
 use crate::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
-use crate::draw::DeviceDraw;
+use crate::draw::TokenDraw;
 use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, Sampled, Sampler, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
-use crate::model::{
-    AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource, read_logits,
-};
+use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource};
 use crate::nn::KvCache;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
@@ -191,7 +189,9 @@ impl LoadedDecoder {
             parameters: config.parameters(),
             device: backend.device_name(),
             kernel: backend.kernel_name(),
-            threads: backend.cpu().pool().threads(),
+            threads: backend.device().is_cpu().then(|| backend.cpu().pool().threads()),
+            // A driver that does not answer fails the next step, which says so.
+            device_memory: backend.device_memory().ok().flatten(),
             context: self.decoder.context(),
             kv_dtype: self.kv_dtype,
             footprint: self.decoder.footprint(),
@@ -212,8 +212,10 @@ pub struct Report {
     pub device: String,
     /// The ternary kernel: the CPU's, or a GPU's compute capability.
     pub kernel: String,
-    /// Threads.
-    pub threads: usize,
+    /// Threads of the CPU; none on a GPU.
+    pub threads: Option<usize>,
+    /// The GPU's memory, now; none on the CPU.
+    pub device_memory: Option<DeviceMemory>,
     /// Positions of a sequence.
     pub context: usize,
     /// Type of the KV cache.
@@ -245,15 +247,17 @@ impl std::fmt::Display for Report {
             n if n < 1e9 => (n / 1e6, "M"),
             n => (n / 1e9, "G"),
         };
+        write!(f, "{}, {parameters:.2} {unit} parameters; {} with kernel {}", self.family, self.device, self.kernel)?;
+        if let Some(threads) = self.threads {
+            write!(f, " on {threads} thread{}", if threads == 1 { "" } else { "s" })?;
+        }
+        if let Some(memory) = self.device_memory {
+            write!(f, ", device memory {memory}")?;
+        }
         write!(
             f,
-            "{}, {parameters:.2} {unit} parameters; {} with kernel {} on {} thread{}; reads {:.1} MB a token (ternary {:.1}, head {:.1}), \
-             KV cache {} {:.1} kB a position, context {}; loaded in {:.2} s",
-            self.family,
-            self.device,
-            self.kernel,
-            self.threads,
-            if self.threads == 1 { "" } else { "s" },
+            "; reads {:.1} MB a token (ternary {:.1}, head {:.1}), KV cache {} {:.1} kB a position, context {}; loaded in \
+             {:.2} s",
             mb(self.bytes_per_token()),
             mb(self.footprint.ternary),
             mb(self.footprint.head),
@@ -311,8 +315,8 @@ pub struct BitNet {
     loaded: LoadedDecoder,
     cache: KvCache,
     position: usize,
-    logits: Vec<f32>,
-    draw: Option<DeviceDraw>,
+    draw: TokenDraw,
+    drawn: Vec<Sampled>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     defaults: GenerationDefaults,
@@ -341,9 +345,8 @@ impl BitNet {
             return Err(Error::file(files.path("tokenizer.json"), reason));
         }
         let cache = loaded.decoder.kv_cache(loaded.kv_dtype, 1)?;
-        let draw = DeviceDraw::new(loaded.decoder.backend(), vocab)?;
-        let logits = Vec::with_capacity(vocab);
-        Ok(Self { loaded, cache, position: 0, logits, draw, tokenizer, template, defaults })
+        let draw = TokenDraw::new(loaded.decoder.backend(), 1, vocab)?;
+        Ok(Self { loaded, cache, position: 0, draw, drawn: Vec::with_capacity(1), tokenizer, template, defaults })
     }
 
     /// What was loaded, and how it runs.
@@ -412,12 +415,13 @@ impl BitNet {
 }
 
 impl BitNet {
-    /// Appends tokens and lends their logits; the position moves on unless something failed.
-    fn append<R>(&mut self, tokens: &[u32], read: impl FnOnce(&Tensor) -> Result<R>) -> Result<R> {
+    /// Appends tokens and lends their logits to `read`; the position moves on unless something failed.
+    fn append(&mut self, tokens: &[u32], read: impl FnOnce(&mut TokenDraw, &Tensor) -> Result<()>) -> Result<()> {
         let sequence = Sequence { slot: 0, position: self.position, tokens };
-        let result = self.loaded.decoder.forward_with(&[sequence], &self.cache, Logits::Last, read)?;
+        let Self { loaded, cache, draw, .. } = self;
+        loaded.decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read(draw, logits))?;
         self.position += tokens.len();
-        Ok(result)
+        Ok(())
     }
 }
 
@@ -435,28 +439,21 @@ impl LanguageModel for BitNet {
     }
 
     fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        let mut logits = std::mem::take(&mut self.logits);
-        let read = self.append(tokens, |tensor| read_logits(tensor, &mut logits));
-        self.logits = logits;
-        read.map(|()| &self.logits[..])
+        self.append(tokens, TokenDraw::read)?;
+        Ok(self.draw.logits())
     }
 
     fn feed(&mut self, tokens: &[u32]) -> Result<()> {
-        self.append(tokens, |_| Ok(()))
+        self.append(tokens, |_, _| Ok(()))
     }
 
     fn draw(&mut self, tokens: &[u32], sampler: &mut Sampler) -> Result<Sampled> {
-        let Some(mut on_device) = self.draw.take() else { return sampler.sample(self.advance(tokens)?) };
-        let mut logits = std::mem::take(&mut self.logits);
-        let drawn = self.append(tokens, |tensor| match on_device.draw(tensor, sampler)? {
-            Some(sampled) => Ok(sampled),
-            None => {
-                read_logits(tensor, &mut logits)?;
-                sampler.sample(&logits)
-            }
-        });
-        (self.draw, self.logits) = (Some(on_device), logits);
-        drawn
+        let mut drawn = std::mem::take(&mut self.drawn);
+        let result = self.append(tokens, |draw, logits| draw.draw(logits, std::slice::from_mut(sampler), &mut drawn));
+        let first = drawn.first().copied();
+        self.drawn = drawn;
+        result?;
+        first.ok_or_else(|| Error::Shape { op: "sample", reason: "no token was drawn".into() })
     }
 
     fn truncate(&mut self, position: usize) {

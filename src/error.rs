@@ -87,9 +87,18 @@ pub enum Error {
         /// Why, and what can be used instead.
         reason: String,
     },
+    /// An operation that a device took on and did not finish.
+    #[error("{what} failed: {reason}")]
+    Device {
+        /// The operation, and the device.
+        what: String,
+        /// What the device's driver said, and what can be done.
+        reason: String,
+    },
     /// The chosen kernel disagreed with the reference on this machine.
     #[error(
-        "kernel {kernel} failed its self-check on this CPU ({reason}); run with --kernel generic and please report this"
+        "kernel {kernel} failed its self-check on this machine ({reason}); run with --device cpu --kernel generic and \
+         please report this"
     )]
     SelfCheck {
         /// The kernel.

@@ -37,4 +37,5 @@ pub mod train;
 
 pub use backend::{DeviceChoice, select_device};
 pub use bitnet::{AdapterReport, BitNet, DEFAULT_CONTEXT, LoadOptions, LoadedDecoder, Report};
+pub use draw::TokenDraw;
 pub use error::{Error, Result};

@@ -9,6 +9,9 @@ mod chat;
 mod common;
 #[path = "cli/convert.rs"]
 mod convert;
+#[cfg(feature = "cuda")]
+#[path = "cli/cuda.rs"]
+mod cuda;
 #[path = "cli/finetune.rs"]
 mod finetune;
 #[path = "cli/generate.rs"]
@@ -33,8 +36,21 @@ fn model(name: &str) -> String {
     common::fixture(name).to_str().unwrap().to_owned()
 }
 
-/// The program; stack traces are asked for, so that a test sees where one would reach the user.
+/// Settings that hide this machine's GPUs, the emulator's too.
+const NO_GPUS: [(&str, &str); 2] = [("CUDA_VISIBLE_DEVICES", ""), ("BITNET_EMULATED_DEVICES", "0")];
+
+/// What an error says where a GPU is asked for, and this build has no kernels for it or all are hidden.
+const NO_GPU: &str = if cfg!(feature = "cuda") { "CUDA" } else { "--features cuda" };
+
+/// The program on the CPU.
 fn bitnet(args: &[&str]) -> Command {
+    let mut command = program(args);
+    command.envs(NO_GPUS);
+    command
+}
+
+/// The program; stack traces are asked for, so that a test sees where one would reach the user.
+fn program(args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("bitnet").unwrap();
     command.args(args).env("HF_HUB_OFFLINE", "1").env("RUST_BACKTRACE", "1").timeout(Duration::from_secs(120));
     command

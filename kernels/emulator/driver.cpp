@@ -469,21 +469,4 @@ API cuGraphExecDestroy(void* executable) {
     drain_all();
     return delete static_cast<Graph*>(executable), kSuccess;
 }
-
-// ---- the rest that opening a candle device takes, and what is only linked
-API cublasCreate_v2(void** handle) { return *handle = reinterpret_cast<void*>(1), kSuccess; }
-API cublasDestroy_v2(void*) { return kSuccess; }
-API cublasSetStream_v2(void*, void*) { return kSuccess; }
-API cublasSetWorkspace_v2(void*, void*, size_t) { return kSuccess; }
-API curandCreateGenerator(void** generator, int) { return *generator = reinterpret_cast<void*>(1), kSuccess; }
-API curandDestroyGenerator(void*) { return kSuccess; }
-API curandSetStream(void*, void*) { return kSuccess; }
-API curandSetPseudoRandomGeneratorSeed(void*, unsigned long long) { return kSuccess; }
-API cublasGemmStridedBatchedEx() { return 15; }
-API cublasDgemmStridedBatched() { return 15; }
-API cublasGemmEx() { return 15; }
-API curandGenerateUniform() { return 102; }
-API curandGenerateUniformDouble() { return 102; }
-API curandGenerateNormal() { return 102; }
-API curandGenerateNormalDouble() { return 102; }
 }

@@ -18,8 +18,11 @@ if [ -z "$(find "$driver/libcuda.so.1" -newer "$root/kernels/emulator/driver.cpp
     [ -n "$(find "$root/kernels/cuda" "$root/kernels/emulator" -maxdepth 1 -newer "$driver/libcuda.so.1" \( -name '*.cu*' -o -name '*.cpp' -o -name '*.h' \))" ]; then
     "$cxx" -std=c++20 -O2 -DBITNET_EMULATOR -U_FORTIFY_SOURCE -w -shared -fPIC -Wl,-soname,libcuda.so.1 \
         -o "$driver/libcuda.so.1.new" "$root/kernels/emulator/driver.cpp"
+    "$cxx" -std=c++20 -O2 -shared -fPIC -Wl,-soname,libbitnet_libraries.so -o "$driver/libbitnet_libraries.so" \
+        "$root/kernels/emulator/libraries.cpp"
+    ln -sf libcuda.so.1 "$driver/libcuda.so"
+    for library in cublas cublasLt curand nvrtc cudart; do ln -sf libbitnet_libraries.so "$driver/lib$library.so"; done
     mv "$driver/libcuda.so.1.new" "$driver/libcuda.so.1"
-    for library in cuda cublas cublasLt curand nvrtc cudart; do ln -sf libcuda.so.1 "$driver/lib$library.so"; done
 fi
 export NVCC="$toolkit/bin/nvcc" CUDA_HOME="$toolkit" CUDA_PATH="$toolkit" PATH="$toolkit/bin:$PATH"
 export CUDARC_CUDA_VERSION=13000 CUDA_COMPUTE_CAP=90

@@ -12,8 +12,11 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod dense_type;
+mod gpus;
 pub mod host;
 mod layout;
+mod measure;
+mod profile;
 mod rope;
 mod select;
 mod steps;
@@ -21,7 +24,10 @@ mod weights;
 
 pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
+pub use gpus::{Gpu, auto_device, gpus};
 pub use layout::{Arrangement, LayoutId};
+pub use measure::DeviceMemory;
+pub use profile::OpTime;
 pub use rope::Rope;
 pub use select::{Backend, DeviceChoice, select_device};
 pub use steps::Steps;

@@ -6,8 +6,10 @@ use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions};
 #[cfg(feature = "cuda")]
 use super::cuda::{self, Cuda, CudaBatch, CudaDense, CudaKv, CudaLowRank, CudaRope};
 use super::dense_type::DenseType;
+use super::gpus::auto_device;
 use super::host::MappedFile;
 use super::layout::Arrangement;
+use super::profile::OpProfile;
 use super::rope::Rope;
 use super::steps::Steps;
 use super::weights::{DenseWeight, KvLayer, LowRankWeight, TernaryWeight};
@@ -47,27 +49,39 @@ impl std::str::FromStr for DeviceChoice {
     }
 }
 
-/// The candle device for a choice. [`DeviceChoice::Auto`] takes the first GPU that its driver shows, if this build has
-/// kernels for it, and else the CPU.
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => write!(f, "auto"),
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
+            Self::Metal(n) => write!(f, "metal:{n}"),
+        }
+    }
+}
+
+/// The candle device for a choice; [`DeviceChoice::Auto`] is what [`auto_device`] says.
 ///
 /// # Errors
 /// [`Error::Unavailable`] if the device was asked for by name and is not built in or not present.
 pub fn select_device(choice: DeviceChoice) -> Result<Device> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        #[cfg(feature = "cuda")]
-        DeviceChoice::Auto if cuda::count() > 0 => cuda::open(0),
-        DeviceChoice::Auto => Ok(Device::Cpu),
+        DeviceChoice::Auto => select_device(auto_device().0),
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(ordinal) => cuda::open(ordinal),
         #[cfg(not(feature = "cuda"))]
-        DeviceChoice::Cuda(_) => Err(not_built("cuda", "build with --features cuda, or ")),
+        DeviceChoice::Cuda(_) => Err(not_built("cuda", CUDA_REMEDY)),
         DeviceChoice::Metal(_) => Err(not_built("metal", "")),
     }
 }
 
+/// What to do about a build without kernels for NVIDIA GPUs.
+#[cfg(not(feature = "cuda"))]
+pub(super) const CUDA_REMEDY: &str = "build with --features cuda, or ";
+
 /// The error for a device that this build has no kernels for.
-fn not_built(device: &'static str, remedy: &str) -> Error {
+pub(super) fn not_built(device: &'static str, remedy: &str) -> Error {
     Error::Unavailable {
         what: format!("device {device}"),
         reason: format!("this build has no kernels for it; {remedy}use --device cpu or --device auto"),
@@ -83,6 +97,8 @@ pub struct Backend {
     cuda: Option<Arc<Cuda>>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     graphs: bool,
+    /// Times of the CPU's operations.
+    pub(super) ops: Arc<OpProfile>,
 }
 
 impl Backend {
@@ -111,13 +127,14 @@ impl Backend {
             #[cfg(feature = "cuda")]
             cuda: None,
             graphs: true,
+            ops: Arc::default(),
         };
         match device {
             Device::Cpu => Ok(backend),
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Ok(Self { cuda: Some(Cuda::shared(device)?), ..backend }),
             #[cfg(not(feature = "cuda"))]
-            Device::Cuda(_) => Err(not_built("cuda", "build with --features cuda, or ")),
+            Device::Cuda(_) => Err(not_built("cuda", CUDA_REMEDY)),
             Device::Metal(_) => Err(not_built("metal", "")),
         }
     }

@@ -25,7 +25,7 @@ impl Steps {
     /// same, and allocate nothing.
     ///
     /// # Errors
-    /// Those of `run`; [`crate::Error::Unavailable`] if a graph cannot be launched.
+    /// Those of `run`; [`crate::Error::Device`] if a graph cannot be launched.
     pub fn run(&mut self, batch: &Batch, cache: u64, mut run: impl FnMut() -> Result<()>) -> Result<()> {
         match self {
             Self::Plain => {

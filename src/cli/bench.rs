@@ -1,39 +1,33 @@
-//! `bitnet bench`: prefill and decode speed, beside the read bandwidth measured in the same run.
+//! `bitnet bench`: prefill and decode speed, beside the bandwidth of the device's memory measured in the same run.
 
+mod measure;
+mod operations;
 mod prompts;
+mod report;
 mod spread;
 
-use super::greedy_sampler;
-use super::model_args::{HubArgs, RunArgs, warn_of_other_base};
+use super::model_args::{HubArgs, RunArgs, warn_of_no_replay, warn_of_other_base};
 use super::print;
 use anyhow::Result;
-use candle_bitnet::backend::cpu::read_bandwidth;
-use candle_bitnet::backend::host;
 use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
-use candle_bitnet::generate::Sampler;
 use candle_bitnet::model::config::{MAX_POSITIONS, ModelConfig};
 use candle_bitnet::model::presets::Preset;
-use candle_bitnet::model::{Decoder, Logits, Sequence, read_logits};
-use candle_bitnet::nn::KvCache;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
-use serde::Serialize;
-use spread::Spread;
+use measure::{Plan, measure};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
-/// For how long the read bandwidth is measured in each repetition.
-const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
-/// Tokens that are given to the model at once.
-const CHUNK: usize = 512;
 /// Tokens to prefill and to decode, where the model has the positions and nobody says otherwise.
 const DEFAULT_LENGTHS: (usize, usize) = (512, 128);
 /// Most repetitions.
 const MAX_REPS: usize = 1000;
+/// Most sequences that are decoded together.
+const MAX_BATCH: usize = 32;
 
 /// Measure prefill and decode speed
 ///
-/// Decode is limited by memory: the report sets the bytes that a token reads against how fast the same threads read
-/// the same weights in the same run. --synthetic needs no file; --prompts runs real prompts through a model.
+/// Decode is limited by memory: the report sets the bytes that a step reads against how fast the same threads read the
+/// same weights in the same run or, on a GPU, how fast a copy moves bytes within its memory. --synthetic needs no file;
+/// --prompts runs real prompts through a model.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin
@@ -60,6 +54,14 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true)]
     reps: usize,
 
+    /// Sequences that are decoded together, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, conflicts_with = "prompts")]
+    batch: usize,
+
+    /// Tell what each operation of a decode step takes, on a GPU each kernel, in a run of its own
+    #[arg(long, conflicts_with = "prompts")]
+    profile: bool,
+
     /// A file of prompts, one a line, or one JSON object {"prompt": …} a line
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
@@ -75,43 +77,14 @@ pub struct Args {
     hub: HubArgs,
 }
 
-/// What is reported of the weights and this machine.
-#[derive(Debug, Serialize)]
-struct Report {
-    model: String,
-    device: String,
-    kernel: String,
-    threads: usize,
-    cpu: Option<String>,
-    prefill_tokens: usize,
-    decode_tokens: usize,
-    /// Tokens a second, median.
-    prefill_tps: f64,
-    prefill_tps_range: [f64; 2],
-    decode_tps: f64,
-    decode_tps_range: [f64; 2],
-    /// Stored bytes that a decoded token reads.
-    bytes_per_token: usize,
-    bytes_per_token_ternary: usize,
-    bytes_per_token_head: usize,
-    bytes_per_token_dense: usize,
-    bytes_per_token_adapter: usize,
-    /// Mean over the decoded positions.
-    bytes_per_token_kv: usize,
-    decode_gbps: f64,
-    /// How fast the same threads read the same weights, computing nothing; after each repetition, median.
-    read_gbps: f64,
-    decode_share: f64,
-    resident_bytes: Option<u64>,
-    load_seconds: f64,
-    kv_type: &'static str,
-}
-
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    for (flag, value, most) in
-        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", Some(args.reps), MAX_REPS)]
-    {
+    for (flag, value, most) in [
+        ("--pp", args.pp, MAX_POSITIONS),
+        ("--tg", args.tg, MAX_POSITIONS),
+        ("--reps", Some(args.reps), MAX_REPS),
+        ("--batch", Some(args.batch), MAX_BATCH),
+    ] {
         if let Some(value) = value.filter(|n| !(1..=most).contains(n)) {
             let reason = format!("{value} is not between 1 and {most}");
             return Err(Error::request(flag, reason).into());
@@ -146,9 +119,10 @@ pub fn run(args: Args) -> Result<()> {
         e => e,
     })?;
     warn_of_other_base(&name, loaded.adapter.as_ref());
-    let report = measure(name, &loaded, pp, tg, args.reps)?;
-    let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    print(&text)
+    let plan = Plan { pp, tg, batch: args.batch, reps: args.reps, profile: args.profile };
+    let report = measure(name, &loaded, plan)?;
+    warn_of_no_replay(&loaded.decoder);
+    print(&if args.json { serde_json::to_string_pretty(&report)? } else { report.describe() })
 }
 
 /// What is measured.
@@ -177,117 +151,4 @@ fn lengths(args: &Args, positions: usize) -> (usize, usize) {
     let (pp, tg) = DEFAULT_LENGTHS;
     let tg = args.tg.unwrap_or(tg.min(positions / 4).max(1));
     (args.pp.unwrap_or(pp.min(positions.saturating_sub(tg)).max(1)), tg)
-}
-
-fn measure(model: String, loaded: &LoadedDecoder, pp: usize, tg: usize, reps: usize) -> Result<Report> {
-    let decoder = &loaded.decoder;
-    let cpu = decoder.backend().cpu();
-    let about = loaded.report();
-    let weights = decoder.host_weights();
-    let cache = decoder.kv_cache(loaded.kv_dtype, 1)?;
-    let vocab = decoder.config().vocab_size;
-    let mut sampler = greedy_sampler(vocab)?;
-    let mut repetition = |pp: usize, tg: usize| one_repetition(decoder, &cache, &mut sampler, pp, tg);
-    repetition(pp.min(16), tg.min(4))?;
-    let (mut prefill, mut decode, mut read, mut resident) = (Vec::new(), Vec::new(), Vec::new(), None);
-    for _ in 0..reps {
-        let (p, d) = repetition(pp, tg)?;
-        prefill.push(pp as f64 / p);
-        decode.push(tg as f64 / d);
-        resident = host::resident_bytes();
-        read.push(read_bandwidth(cpu, &weights, BANDWIDTH_TIME) / 1e9);
-    }
-    let (prefill, decode, read_gbps) = (Spread::of(prefill), Spread::of(decode), Spread::of(read).median);
-    let kv = about.kv_bytes_per_position() * (pp + tg.div_ceil(2));
-    let bytes_per_token = about.bytes_per_token() + kv;
-    let decode_gbps = decode.median * bytes_per_token as f64 / 1e9;
-    Ok(Report {
-        model,
-        device: about.device,
-        kernel: about.kernel,
-        threads: about.threads,
-        cpu: host::cpu_name(),
-        prefill_tokens: pp,
-        decode_tokens: tg,
-        prefill_tps: prefill.median,
-        prefill_tps_range: [prefill.min, prefill.max],
-        decode_tps: decode.median,
-        decode_tps_range: [decode.min, decode.max],
-        bytes_per_token,
-        bytes_per_token_ternary: about.footprint.ternary,
-        bytes_per_token_head: about.footprint.head,
-        bytes_per_token_dense: about.footprint.dense,
-        bytes_per_token_adapter: about.footprint.adapter,
-        bytes_per_token_kv: kv,
-        decode_gbps,
-        read_gbps,
-        decode_share: decode_gbps / read_gbps,
-        resident_bytes: resident,
-        load_seconds: about.load_time.as_secs_f64(),
-        kv_type: about.kv_dtype.name(),
-    })
-}
-
-/// Seconds of a prefill of `pp` tokens, and of `tg` greedy tokens after it.
-fn one_repetition(
-    decoder: &Decoder,
-    cache: &KvCache,
-    sampler: &mut Sampler,
-    pp: usize,
-    tg: usize,
-) -> Result<(f64, f64)> {
-    let vocab = decoder.config().vocab_size;
-    let prompt: Vec<u32> = (0..pp).map(|i| (i * 7919 % vocab) as u32).collect();
-    let start = Instant::now();
-    for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
-        let piece = Sequence { slot: 0, position: i * CHUNK, tokens };
-        decoder.forward_with(&[piece], cache, Logits::Last, |_| Ok(()))?;
-    }
-    let prefill = start.elapsed().as_secs_f64();
-    let (mut token, mut values) = (1, Vec::with_capacity(vocab));
-    let start = Instant::now();
-    for i in 0..tg {
-        let sequence = Sequence { slot: 0, position: pp + i, tokens: &[token] };
-        decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read_logits(logits, &mut values))?;
-        token = sampler.sample(&values)?.token;
-    }
-    Ok((prefill, start.elapsed().as_secs_f64()))
-}
-
-fn describe(r: &Report) -> String {
-    let mb = |bytes: usize| bytes as f64 / 1e6;
-    format!(
-        "{}: {} kernel {}, {} threads, KV {}{}\n\
-         load      {:.2} s\n\
-         prefill   {:.1} tokens/s ({:.1} to {:.1}), {} tokens\n\
-         decode    {:.2} tokens/s ({:.2} to {:.2}), {} tokens\n\
-         a token   {:.1} MB: ternary {:.1}, head {:.1}, other {:.1}, KV {:.1}\n\
-         bandwidth {:.1} GB/s of the {:.1} GB/s that {} threads read here: {:.0} %\n\
-         resident  {}\n",
-        r.model,
-        r.device,
-        r.kernel,
-        r.threads,
-        r.kv_type,
-        r.cpu.as_ref().map(|c| format!("; {c}")).unwrap_or_default(),
-        r.load_seconds,
-        r.prefill_tps,
-        r.prefill_tps_range[0],
-        r.prefill_tps_range[1],
-        r.prefill_tokens,
-        r.decode_tps,
-        r.decode_tps_range[0],
-        r.decode_tps_range[1],
-        r.decode_tokens,
-        mb(r.bytes_per_token),
-        mb(r.bytes_per_token_ternary),
-        mb(r.bytes_per_token_head),
-        mb(r.bytes_per_token_dense + r.bytes_per_token_adapter),
-        mb(r.bytes_per_token_kv),
-        r.decode_gbps,
-        r.read_gbps,
-        r.threads,
-        100.0 * r.decode_share,
-        r.resident_bytes.map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6)),
-    )
 }

@@ -2,7 +2,7 @@
 
 use super::chat_input::{Command, HELP, Line, Lines};
 use super::generate::summary;
-use super::model_args::ModelArgs;
+use super::model_args::{ModelArgs, warn_of_no_replay};
 use super::sampling_args::SamplingArgs;
 use super::{first_line, still_open};
 use anyhow::Result;
@@ -58,6 +58,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let result = chat.run(&mut model, &mut || lines.next_line(), &mut io::stdout());
     lines.save_history();
+    warn_of_no_replay(model.decoder());
     result
 }
 

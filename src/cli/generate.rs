@@ -1,6 +1,6 @@
 //! `bitnet generate`: one prompt, one answer.
 
-use super::model_args::ModelArgs;
+use super::model_args::{ModelArgs, warn_of_no_replay};
 use super::sampling_args::SamplingArgs;
 use super::still_open;
 use anyhow::{Context, Result};
@@ -71,6 +71,7 @@ pub fn run(args: Args) -> Result<()> {
             return Ok(());
         }
     }
+    warn_of_no_replay(model.decoder());
     // Standard error may be closed as well; that is no reason to fail after the answer.
     let _ = writeln!(io::stderr(), "{}", summary(&generation.stats, generation.finish_reason, resident_bytes()));
     Ok(())

@@ -94,6 +94,11 @@ fn still_open(result: io::Result<()>) -> anyhow::Result<bool> {
     }
 }
 
+/// How many threads compute, where a line names it; nothing on a GPU.
+fn on_threads(threads: Option<usize>) -> String {
+    threads.map(|n| format!(", {n} thread{}", if n == 1 { "" } else { "s" })).unwrap_or_default()
+}
+
 /// An error's own text: candle appends a stack trace where RUST_BACKTRACE is set.
 pub fn first_line(error: &dyn Display) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()

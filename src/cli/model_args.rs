@@ -1,10 +1,12 @@
 //! The flags that every command with a model shares.
 
+use super::first_line;
 use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::BUILTIN;
 use candle_bitnet::checkpoint::hub::HubOptions;
+use candle_bitnet::model::Decoder;
 use candle_bitnet::{AdapterReport, BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -43,6 +45,10 @@ pub struct RunArgs {
     /// Type of the KV cache: f32, bf16 or f16
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse::<DenseType>)]
     pub kv_type: DenseType,
+
+    /// Compute every decode step anew instead of replaying a recorded one, on a GPU
+    #[arg(long)]
+    pub no_graph: bool,
 }
 
 impl RunArgs {
@@ -53,7 +59,8 @@ impl RunArgs {
             .kernel(self.kernel)
             .threads(self.threads)
             .context(self.context)
-            .kv_dtype(self.kv_type);
+            .kv_dtype(self.kv_type)
+            .graphs(!self.no_graph);
         Ok(if std::io::stderr().is_terminal() { options.on_progress(show_progress) } else { options })
     }
 }
@@ -143,6 +150,17 @@ pub fn warn_of_other_base(model: &str, adapter: Option<&AdapterReport>) {
         let base: String = base.chars().take(200).collect();
         // Standard error may be closed; that is no reason to fail.
         let _ = writeln!(std::io::stderr(), "warning: the adapter was trained on {base:?}, and runs on {model:?}");
+    }
+}
+
+/// Says on standard error why decode steps were not replayed, if they should have been.
+pub fn warn_of_no_replay(decoder: &Decoder) {
+    if let Some(reason) = decoder.take_replay_failure() {
+        let reason = first_line(&reason);
+        let _ = writeln!(
+            std::io::stderr(),
+            "warning: decode steps were computed anew each time, as the device could not record one: {reason}"
+        );
     }
 }
 

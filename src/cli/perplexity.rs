@@ -1,7 +1,7 @@
 //! `bitnet perplexity`: how well a model predicts a text.
 
 use super::model_args::ModelArgs;
-use super::print;
+use super::{on_threads, print};
 use anyhow::Result;
 use candle_bitnet::evaluate::{MAX_BATCH, Windows, score};
 use candle_bitnet::text::Tokenizer;
@@ -78,7 +78,8 @@ struct Report {
     bos: Option<u32>,
     device: String,
     kernel: String,
-    threads: usize,
+    /// Of the CPU.
+    threads: Option<usize>,
     kv_type: &'static str,
     seconds: f64,
     tokens_per_second: f64,
@@ -247,7 +248,7 @@ fn describe(r: &Report) -> String {
          tokens         {}, {:.4} nats each\n\
          bytes          {}, {:.2} a token\n\
          windows        {} of {} tokens, stride {}, {} at once; {bos}\n\
-         speed          {:.1} tokens/s, {:.2} s; {} kernel {}, {} threads, KV {}\n",
+         speed          {:.1} tokens/s, {:.2} s; {} kernel {}{}, KV {}\n",
         r.model,
         r.text,
         r.perplexity,
@@ -264,7 +265,7 @@ fn describe(r: &Report) -> String {
         r.seconds,
         r.device,
         r.kernel,
-        r.threads,
+        on_threads(r.threads),
         r.kv_type,
     )
 }

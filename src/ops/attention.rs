@@ -55,8 +55,10 @@ impl InplaceOp2 for Attention<'_> {
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, qkv: &CpuStorage, lq: &Layout) -> candle_core::Result<()> {
         let AttentionInput { shape, batch, rope, kv } = self.input;
         let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
+        let kv = kv.cpu_mut()?;
+        let _timer = self.backend.timed(Self::NAME, || (None, kv.bytes_read(batch.rows())));
         let (qkv, out) = (contiguous(qkv, lq)?, output(out, lo)?);
-        Ok(self.backend.cpu().attention(shape, qkv, batch.rows(), rope.cpu()?, kv.cpu_mut()?, out)?)
+        Ok(self.backend.cpu().attention(shape, qkv, batch.rows(), rope.cpu()?, kv, out)?)
     }
 
     #[cfg(feature = "cuda")]

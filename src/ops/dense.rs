@@ -44,6 +44,8 @@ impl InplaceOp2 for DenseLinear<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        let about = || (Some((self.weight.rows(), self.weight.cols())), self.weight.bytes());
+        let _timer = self.backend.timed(Self::NAME, about);
         let values = output(out, lo)?;
         let out = OutputColumns { values, width: self.width, first: self.first_column, add: self.add };
         Ok(self.backend.cpu().dense_linear(self.weight.cpu()?, contiguous(x, lx)?, out)?)

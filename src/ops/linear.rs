@@ -12,6 +12,9 @@ use crate::backend::{Arrangement, Backend, TernaryWeight};
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
 
+const NORM_LINEAR: &str = "norm-linear";
+const GATED_LINEAR: &str = "gated-linear";
+
 /// `y[t] = W q[t] / s_x[t]`, scaled per stacked weight, where `q` and `s_x` quantise each token of f32 `x` `[tokens, cols]`,
 /// after RMSNorm if `norm` (weight f32 `[cols]`, epsilon) is given. Integer accumulators, bit-equal on every kernel; `y` is
 /// rounded once.
@@ -26,17 +29,10 @@ pub fn norm_linear(
     norm: Option<(&Tensor, f32)>,
     out: Output<'_>,
 ) -> Result<()> {
-    const NAME: &str = NormLinear::NAME;
-    let tokens = check(NAME, weight, Arrangement::Stacked, x, norm)?;
-    let width = out.check(NAME, tokens, weight.rows())?;
-    let Output { tensor, first_column, add } = out;
-    let eps = norm.map_or(0.0, |(_, eps)| eps);
-    let op = NormLinear { backend, weight, eps, width, first_column, add };
-    let applied = match norm {
-        None => tensor.inplace_op2(x, &op),
-        Some((norm, _)) => tensor.inplace_op3(x, norm, &op),
-    };
-    Ok(applied?)
+    let tokens = check(NORM_LINEAR, weight, Arrangement::Stacked, x, norm)?;
+    let width = out.check(NORM_LINEAR, tokens, weight.rows())?;
+    let epilogue = Epilogue::Columns { width, first: out.first_column, add: out.add };
+    Product { backend, weight, eps: 0.0, epilogue }.apply(out.tensor, x, norm)
 }
 
 /// `act(gate) · up` with `[gate | up]` as [`norm_linear`] computes it: replaces f32 `out` `[tokens, rows / 2]`.
@@ -51,15 +47,9 @@ pub fn gated_linear(
     norm: Option<(&Tensor, f32)>,
     out: &Tensor,
 ) -> Result<()> {
-    const NAME: &str = GatedLinear::NAME;
-    let tokens = check(NAME, weight, Arrangement::GateUp, x, norm)?;
-    expect(NAME, "output", out, tokens, weight.rows() / 2)?;
-    let op = GatedLinear { backend, gate, weight, eps: norm.map_or(0.0, |(_, eps)| eps) };
-    let applied = match norm {
-        None => out.inplace_op2(x, &op),
-        Some((norm, _)) => out.inplace_op3(x, norm, &op),
-    };
-    Ok(applied?)
+    let tokens = check(GATED_LINEAR, weight, Arrangement::GateUp, x, norm)?;
+    expect(GATED_LINEAR, "output", out, tokens, weight.rows() / 2)?;
+    Product { backend, weight, eps: 0.0, epilogue: Epilogue::Gated(gate) }.apply(out, x, norm)
 }
 
 /// The tokens, if the operands fit.
@@ -83,22 +73,56 @@ fn check(
     Ok(tokens)
 }
 
-struct NormLinear<'a> {
+/// What the profile is told of a product.
+fn about(weight: &TernaryWeight) -> (Option<(usize, usize)>, usize) {
+    (Some((weight.rows(), weight.cols())), weight.bytes())
+}
+
+/// A product of quantised rows, with the norm before it if it is given as the third operand.
+struct Product<'a> {
     backend: &'a Backend,
     weight: &'a TernaryWeight,
     /// Of the norm, if there is one.
     eps: f32,
-    width: usize,
-    first_column: usize,
-    add: bool,
+    epilogue: Epilogue,
 }
 
-impl NormLinear<'_> {
-    const NAME: &'static str = "norm-linear";
+/// What becomes of a product.
+#[derive(Debug, Clone, Copy)]
+enum Epilogue {
+    /// Columns from `first` on of rows of `width`, replaced or added to.
+    Columns { width: usize, first: usize, add: bool },
+    /// The gated activation of its two halves.
+    Gated(Gate),
+}
+
+impl Product<'_> {
+    /// Applies the operation.
+    fn apply(self, out: &Tensor, x: &Tensor, norm: Option<(&Tensor, f32)>) -> Result<()> {
+        let applied = match norm {
+            None => out.inplace_op2(x, &self),
+            Some((norm, eps)) => out.inplace_op3(x, norm, &Self { eps, ..self }),
+        };
+        Ok(applied?)
+    }
+
+    fn op_name(&self) -> &'static str {
+        match self.epilogue {
+            Epilogue::Columns { .. } => NORM_LINEAR,
+            Epilogue::Gated(_) => GATED_LINEAR,
+        }
+    }
 
     fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
-        let out = OutputColumns { values: out, width: self.width, first: self.first_column, add: self.add };
-        Ok(self.backend.cpu().norm_linear(self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
+        let _timer = self.backend.timed(self.op_name(), || about(self.weight));
+        let (cpu, weight, norm) = (self.backend.cpu(), self.weight.cpu()?, norm.map(|n| (n, self.eps)));
+        let done = match self.epilogue {
+            Epilogue::Columns { width, first, add } => {
+                cpu.norm_linear(weight, x, norm, OutputColumns { values: out, width, first, add })
+            }
+            Epilogue::Gated(gate) => cpu.gated_linear(gate, weight, x, norm, out),
+        };
+        Ok(done?)
     }
 
     #[cfg(feature = "cuda")]
@@ -110,13 +134,17 @@ impl NormLinear<'_> {
     ) -> candle_core::Result<()> {
         let (cuda, weight) = (self.backend.cuda()?, self.weight.cuda()?);
         let norm = norm.as_ref().map(|n| (n, self.eps));
-        Ok(cuda.norm_linear(weight, &x, norm, &mut out, self.first_column, self.width, self.add)?)
+        let done = match self.epilogue {
+            Epilogue::Columns { width, first, add } => cuda.norm_linear(weight, &x, norm, &mut out, first, width, add),
+            Epilogue::Gated(gate) => cuda.gated_linear(gate, weight, &x, norm, &mut out),
+        };
+        Ok(done?)
     }
 }
 
-impl InplaceOp2 for NormLinear<'_> {
+impl InplaceOp2 for Product<'_> {
     fn name(&self) -> &'static str {
-        Self::NAME
+        self.op_name()
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
@@ -129,82 +157,9 @@ impl InplaceOp2 for NormLinear<'_> {
     }
 }
 
-impl InplaceOp3 for NormLinear<'_> {
+impl InplaceOp3 for Product<'_> {
     fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        out: &mut CpuStorage,
-        lo: &Layout,
-        x: &CpuStorage,
-        lx: &Layout,
-        norm: &CpuStorage,
-        ln: &Layout,
-    ) -> candle_core::Result<()> {
-        self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        out: &mut CudaStorage,
-        lo: &Layout,
-        x: &CudaStorage,
-        lx: &Layout,
-        norm: &CudaStorage,
-        ln: &Layout,
-    ) -> candle_core::Result<()> {
-        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, Some(gpu(norm, ln)?))
-    }
-}
-
-struct GatedLinear<'a> {
-    backend: &'a Backend,
-    gate: Gate,
-    weight: &'a TernaryWeight,
-    /// Of the norm, if there is one.
-    eps: f32,
-}
-
-impl GatedLinear<'_> {
-    const NAME: &'static str = "gated-linear";
-
-    fn run(&self, out: &mut [f32], x: &[f32], norm: Option<&[f32]>) -> candle_core::Result<()> {
-        Ok(self.backend.cpu().gated_linear(self.gate, self.weight.cpu()?, x, norm.map(|n| (n, self.eps)), out)?)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn run_on_gpu(
-        &self,
-        mut out: CudaViewMut<'_, f32>,
-        x: CudaView<'_, f32>,
-        norm: Option<CudaView<'_, f32>>,
-    ) -> candle_core::Result<()> {
-        let (cuda, weight) = (self.backend.cuda()?, self.weight.cuda()?);
-        Ok(cuda.gated_linear(self.gate, weight, &x, norm.as_ref().map(|n| (n, self.eps)), &mut out)?)
-    }
-}
-
-impl InplaceOp2 for GatedLinear<'_> {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
-        self.run(output(out, lo)?, contiguous(x, lx)?, None)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
-        self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, None)
-    }
-}
-
-impl InplaceOp3 for GatedLinear<'_> {
-    fn name(&self) -> &'static str {
-        Self::NAME
+        self.op_name()
     }
 
     fn cpu_fwd(

@@ -48,6 +48,8 @@ impl InplaceOp2 for LowRank<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        let bytes = || self.updates.iter().map(|(_, w)| w.bytes()).sum();
+        let _timer = self.backend.timed(Self::NAME, || (None, bytes()));
         let updates = self.updates.iter().map(|(at, w)| Ok((*at, w.cpu()?))).collect::<Result<Vec<_>>>()?;
         let (x, out) = (contiguous(x, lx)?, output(out, lo)?);
         Ok(self.backend.cpu().low_rank(&updates, x, self.cols, self.width, out)?)

@@ -2,8 +2,8 @@
 //!
 //! Each writes into a tensor that its caller made, so that a forward pass allocates nothing. A function checks its operands,
 //! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`] and whose `cuda_fwd` calls
-//! `crate::backend::cuda::Cuda`; weights live in the op, borrowed. All
-//! tensors are contiguous f32 `[tokens, columns]`, and an output shares no storage with an input.
+//! `crate::backend::cuda::Cuda`; weights live in the op, borrowed. All tensors are contiguous f32 `[tokens, columns]`, and an
+//! output shares no storage with an input.
 
 mod attention;
 mod dense;

@@ -56,6 +56,7 @@ impl InplaceOp3 for RmsNorm<'_> {
         weight: &CpuStorage,
         lw: &Layout,
     ) -> candle_core::Result<()> {
+        let _timer = self.backend.timed(Self::NAME, || (None, 0));
         let (x, weight) = (contiguous(x, lx)?, contiguous(weight, lw)?);
         Ok(self.backend.cpu().rms_norm(x, weight, self.eps, output(out, lo)?)?)
     }
@@ -91,6 +92,7 @@ impl InplaceOp2 for Gated<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        let _timer = self.backend.timed(Self::NAME, || (None, 0));
         Ok(self.backend.cpu().gated(self.gate, contiguous(x, lx)?, self.cols, output(out, lo)?)?)
     }
 

@@ -52,6 +52,8 @@ impl InplaceOp1 for Embed<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout) -> candle_core::Result<()> {
+        let row = || self.weight.bytes() / self.weight.rows().max(1);
+        let _timer = self.backend.timed(Self::NAME, || (None, self.batch.len() * row()));
         Ok(self.backend.cpu().embed(self.weight.cpu()?, self.batch.ids(), output(out, lo)?)?)
     }
 
@@ -77,6 +79,7 @@ impl InplaceOp2 for SelectRows<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        let _timer = self.backend.timed(Self::NAME, || (None, 0));
         Ok(self.backend.cpu().select_rows(contiguous(x, lx)?, self.cols, self.rows, output(out, lo)?)?)
     }
 

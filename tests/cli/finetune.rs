@@ -102,7 +102,7 @@ fn bad_data_and_flags_are_named() {
     fails(&[good], &["--batch", "2", "--micro-batch", "3"], 2, &["batch: 3 at a time of 2 a step"]);
     fails(&[good], &["--dropout", "1"], 2, &["dropout: 1 is out of range"]);
     fails(&[good], &["--full", "--rank", "4"], 2, &["--full", "--rank"]);
-    fails(&[good], &["--device", "cuda"], 1, &["cuda"]);
+    fails(&[good], &["--device", "cuda"], 1, &[crate::NO_GPU]);
     let data = data(dir.path(), &[good]);
     finetune(&data, &out, &["-m", "no/such/model/here"]).fails(1, &["no/such/model/here"]);
 }
@@ -142,7 +142,7 @@ fn an_interrupted_run_goes_on() {
     let steps = || std::fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
     let run_until = |flags: &[&str], lines: usize, signal: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
-        command.args(["finetune", &data, "--out", out_flag]).args(flags);
+        command.args(["finetune", &data, "--out", out_flag]).args(flags).envs(crate::NO_GPUS);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let begun = Instant::now();
         while steps() < lines && begun.elapsed() < Duration::from_secs(100) {

@@ -1,6 +1,6 @@
 //! `bitnet generate`.
 
-use crate::{bitnet, model, run, run_with};
+use crate::{NO_GPU, bitnet, model, run, run_with};
 use candle_bitnet::backend::cpu::KernelKind;
 use serde_json::Value;
 
@@ -142,7 +142,7 @@ fn failures_are_exit_1_and_say_what_to_do() {
         .fails(1, &["config.json", "not found", "*.safetensors"]);
     run(&["generate", "-m", "nobody/nothing", "--offline", "-p", "x"]).fails(1, &["nobody/nothing", "--offline"]);
     run(&generate(&a1, &["--file", "gone.txt"])).fails(1, &["gone.txt", "No such file"]);
-    run(&generate(&a1, &["-p", "x", "--device", "cuda"])).fails(1, &["cuda", "--device cpu"]);
+    run(&generate(&a1, &["-p", "x", "--device", "cuda"])).fails(1, &[NO_GPU, "--device cpu"]);
     let long = "a b ".repeat(600);
     run(&generate(&a1, &["-p", &long])).fails(1, &["context full", "512 available", "shorten the prompt"]);
     let available = KernelKind::available();
@@ -158,7 +158,13 @@ fn a_closed_pipe_is_quiet_and_a_full_disk_is_told() {
     let a1 = model("a1_packed");
     let script = |line: &str| {
         let exe = assert_cmd::cargo::cargo_bin("bitnet");
-        let ran = std::process::Command::new("sh").args(["-c", line]).arg(exe).arg(&a1).output().unwrap();
+        let ran = std::process::Command::new("sh")
+            .args(["-c", line])
+            .arg(exe)
+            .arg(&a1)
+            .envs(crate::NO_GPUS)
+            .output()
+            .unwrap();
         crate::Ran::of(ran)
     };
     for command in ["generate -m \"$1\" -p x -n 3", "inspect \"$1\"", "completions bash"] {

@@ -30,7 +30,7 @@ fn limited(args: &[&str]) -> Ran {
         shell.args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
         command = shell;
     }
-    Ran::of(command.args(args).env("RUST_BACKTRACE", "1").output().unwrap())
+    Ran::of(command.args(args).envs(crate::NO_GPUS).env("RUST_BACKTRACE", "1").output().unwrap())
 }
 
 const WEIGHTS: &str = "model.safetensors";

@@ -62,8 +62,10 @@ fn bench_reports_the_documented_keys() {
     assert_eq!((&json["kernel"], &json["threads"]), (&Value::from(KernelKind::available()[0].name()), &Value::from(1)));
     let share = json["decode_gbps"].as_f64().unwrap() / json["read_gbps"].as_f64().unwrap();
     assert!((json["decode_share"].as_f64().unwrap() - share).abs() < 1e-9);
+    assert_eq!((&json["batch"], &json["bytes_per_step"]), (&Value::from(1), &json["bytes_per_token"]));
+    assert!(json["copy_gbps"].is_null() && json["device_bytes"].is_null() && json.get("profile").is_none(), "{json}");
     let text = run(&args).ok();
-    for part in ["load", "prefill", "decode", "bandwidth", "resident"] {
+    for part in ["load", "prefill", "decode", "bandwidth", "1 thread reads here", "resident"] {
         assert!(text.contains(part), "{text}");
     }
     run(&["bench", "-m", &a1, "--synthetic", "2b4t"]).fails(2, &["--model", "--synthetic"]);
@@ -71,6 +73,45 @@ fn bench_reports_the_documented_keys() {
     run(&["bench", "-m", &a1, "--pp", "0"]).fails(2, &["--pp", "between 1 and"]);
     run(&["bench", "-m", &a1, "--pp", "600"]).fails(2, &["--pp 600 and --tg 128", "512"]);
     run(&["bench", "-m", &a1, "--reps", "0"]).fails(2, &["--reps"]);
+    for batch in ["0", "33"] {
+        run(&["bench", "-m", &a1, "--batch", batch]).fails(2, &["--batch", "between 1 and 32"]);
+    }
+    run(&["bench", "-m", &a1, "--prompts", "x", "--batch", "2"]).fails(2, &["--prompts", "--batch"]);
+}
+
+#[test]
+fn bench_decodes_sequences_together_and_times_operations() {
+    let a2 = model("a2_packed_gqa_untied_sharded");
+    for batch in [2, 9] {
+        let n = batch.to_string();
+        let args = ["bench", "-m", &a2, "--pp", "12", "--tg", "3", "--reps", "1", "--batch", &n, "--profile"];
+        let json = run(&[&args[..], &["--json"]].concat()).json();
+        let bytes = |key: &str| json[key].as_u64().unwrap();
+        let kv = (batch - 1) * bytes("bytes_per_token_kv");
+        assert_eq!((bytes("batch"), bytes("bytes_per_step")), (batch, bytes("bytes_per_token") + kv));
+        let profile = json["profile"].as_array().unwrap();
+        let calls = |op: &str| -> f64 {
+            let rows = profile.iter().filter(|o| o["name"].as_str().unwrap().split(' ').next() == Some(op));
+            rows.map(|o| o["calls_per_step"].as_f64().unwrap()).sum()
+        };
+        let layers = run(&["inspect", &a2, "--json"]).json()["layers"].as_f64().unwrap();
+        for (op, each) in [("norm-linear", 3.0), ("gated-linear", 1.0), ("attention", 1.0)] {
+            assert_eq!(calls(op), each * layers, "{op}: {json}");
+        }
+        for op in ["embed", "rms-norm", "dense-linear"] {
+            assert_eq!(calls(op), 1.0, "{op}: {json}");
+        }
+        let sum = |key: &str| profile.iter().map(|o| o[key].as_f64().unwrap()).sum::<f64>();
+        assert!((sum("share") - 1.0).abs() < 1e-6 && sum("ms_per_step") > 0.0, "{json}");
+        // Positions 12, 13 and 14 read 13, 14 and 15 keys; the report counts the mean of 12 to 15, rounded up.
+        let weights = bytes("bytes_per_token") - bytes("bytes_per_token_kv");
+        let read = sum("bytes_per_step") as u64;
+        assert!(read >= weights && read <= bytes("bytes_per_step") + batch * 4096, "{read}: {json}");
+        let text = run(&args).ok();
+        for part in ["a step    ", &format!("{n} × 3 tokens"), "operation ", "gated-linear ", "without the profile"] {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+    }
 }
 
 #[test]
@@ -114,6 +155,16 @@ fn doctor_names_the_kernel_and_why() {
     }
     let text = run(&["doctor", "--kernel", "generic"]).ok();
     assert!(text.contains("chosen: asked for with --kernel") && text.contains("cuda"), "{text}");
+    let devices = json["devices"].as_array().unwrap();
+    let names: Vec<&str> = devices.iter().map(|d| d["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["cpu", "cuda", "metal"]);
+    assert_eq!(devices[1]["built"], cfg!(feature = "cuda"));
+    if cfg!(not(feature = "cuda")) {
+        assert!(devices[1]["reason"].as_str().unwrap().contains("--features cuda"), "{json}");
+        assert_eq!((&json["auto"]["device"], json.get("gpu_check")), (&Value::from("cpu"), None));
+        assert!(text.contains("not in this build: ") && text.contains("\nauto         cpu: "), "{text}");
+        run(&["doctor", "--device", "cuda"]).fails(1, &["cuda", "--features cuda", "--device cpu"]);
+    }
 }
 
 #[test]

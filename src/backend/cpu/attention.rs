@@ -50,6 +50,12 @@ impl CpuKv {
         let (keys, values) = (buffer(shape.head_dim)?, buffer(shape.head_dim.next_multiple_of(LANES))?);
         Ok(Self { dtype, shape, slots, capacity, keys, values })
     }
+
+    /// Bytes of keys and values that attention reads for these rows, each on its own.
+    pub(crate) fn bytes_read(&self, rows: &[RowPosition]) -> usize {
+        let positions: usize = rows.iter().map(|row| row.position + 1).sum();
+        positions * 2 * self.shape.kv_heads * self.shape.head_dim * self.dtype.size()
+    }
 }
 
 /// Rotates the first `dim` elements of `x`, pairs (i, i + dim / 2), by one position's angles.

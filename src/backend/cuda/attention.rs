@@ -9,7 +9,7 @@
 
 use super::launch::{Launch, arg};
 use super::params::{AttentionParams, PrefillParams};
-use super::{Chip, Cuda, CudaBatch, CudaSlice, CudaView, CudaViewMut, failure, int, plan, shape};
+use super::{Chip, Cuda, CudaBatch, CudaSlice, CudaView, CudaViewMut, aligned, failure, int, plan, shape};
 use crate::backend::DenseType;
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::{Error, Result};
@@ -176,7 +176,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::ContextFull`] for a position outside the cache or the table, [`Error::Shape`] for operands that do not
-    /// fit, [`Error::Unavailable`] for what fails on the device.
+    /// fit, [`Error::Device`] for what fails on the device.
     pub fn attention(
         &self,
         heads: AttentionShape,
@@ -233,6 +233,7 @@ impl Cuda {
             splits: 1,
             scale: heads.scale(),
         };
+        aligned(OP, [params.qkv, params.out])?;
         let [decode, rope_write, _] = kernels(kv.dtype);
         let row = heads.kv_heads * heads.head_dim * kv.dtype.size();
         if batch.decode() {

@@ -63,7 +63,7 @@ impl CudaBatch {
     ///
     /// # Errors
     /// As [`HostBatch::set`], and [`crate::Error::Shape`] for numbers that kernels do not take, with the batch as it was;
-    /// [`crate::Error::Unavailable`] if the upload fails.
+    /// [`crate::Error::Device`] if the upload fails.
     pub fn set(&mut self, ids: &[u32], rows: &[RowPosition]) -> Result<()> {
         check(ids, rows)?;
         self.host.set(ids, rows)?;

@@ -2,6 +2,7 @@
 
 use super::failure;
 use crate::Result;
+use candle_core::cuda_backend::cudarc::driver::result::device;
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute};
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError};
 
@@ -32,31 +33,52 @@ impl Chip {
     /// Oldest compute capability with kernels.
     pub const OLDEST: (u32, u32) = (7, 5);
 
-    /// Asks the driver.
+    /// Asks the driver about the GPU of a stream.
     ///
     /// # Errors
     /// [`crate::Error::Unavailable`] for an old chip or driver, or if the driver does not answer.
     pub(super) fn of(stream: &CudaStream) -> Result<Self> {
-        let context = stream.context();
-        let failed = |e: DriverError| failure::driver(stream, "CUDA", e);
-        let attribute =
-            |which| -> Result<usize> { Ok(usize::try_from(context.attribute(which).map_err(failed)?).unwrap_or(0)) };
-        let compute = context.compute_capability().map_err(failed)?;
-        let chip = Self {
-            name: context.name().map_err(failed)?,
-            ordinal: context.ordinal(),
-            compute: (compute.0.unsigned_abs(), compute.1.unsigned_abs()),
-            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
-            shared_per_block: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-            shared_per_multiprocessor: attribute(
-                CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            )?,
-            l2_bytes: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
-            total_memory: context.total_mem().map_err(failed)?,
-            driver: driver_version().map_err(failed)?,
+        let chip = Self::at(stream.context().ordinal())?;
+        chip.usable().map(|()| chip)
+    }
+
+    /// Asks the driver about a GPU, which need not be open; the driver must have been initialized.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unavailable`] if there is no such GPU, or the driver does not answer.
+    pub(super) fn at(ordinal: usize) -> Result<Self> {
+        use CUdevice_attribute::*;
+        let failed = |e: DriverError| failure::unavailable(format!("GPU {ordinal}"), failure::text(e));
+        let gpu = device::get(i32::try_from(ordinal).unwrap_or(i32::MAX)).map_err(failed)?;
+        let attribute = |which| -> Result<usize> {
+            // SAFETY: the driver gave the device just now.
+            let value = unsafe { device::get_attribute(gpu, which) };
+            Ok(usize::try_from(value.map_err(failed)?).unwrap_or(0))
         };
-        chip.check(version(sys::CUDA_VERSION))?;
-        Ok(chip)
+        let version = |which| attribute(which).map(|v| u32::try_from(v).unwrap_or(0));
+        Ok(Self {
+            name: device::get_name(gpu).map_err(failed)?,
+            ordinal,
+            compute: (
+                version(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                version(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            shared_per_block: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            shared_per_multiprocessor: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+            l2_bytes: attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+            // SAFETY: as above.
+            total_memory: unsafe { device::total_mem(gpu) }.map_err(failed)?,
+            driver: driver_version().map_err(failed)?,
+        })
+    }
+
+    /// Refuses a chip or driver that this build's kernels cannot run on.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unavailable`] for an old chip or driver.
+    pub fn usable(&self) -> Result<()> {
+        self.check(version(sys::CUDA_VERSION))
     }
 
     /// Refuses chips and drivers that the kernels, made by a toolkit of version `built`, cannot run on.

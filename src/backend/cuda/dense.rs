@@ -159,7 +159,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::Shape`] for operands that do not fit or rows too long for the chip's shared memory,
-    /// [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Device`] for what fails on the device.
     pub fn dense_linear(
         &self,
         weight: &CudaDense,
@@ -245,7 +245,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::Request`] for an id outside the vocabulary, [`Error::Shape`] for an output that does not fit,
-    /// [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Device`] for what fails on the device.
     pub fn embed(&self, weight: &CudaDense, batch: &CudaBatch, out: &mut CudaViewMut<'_, f32>) -> Result<()> {
         let (rows, cols, tokens) = (weight.rows, weight.cols, batch.len());
         if let Some(id) = batch.largest_id().filter(|id| *id as usize >= rows) {
@@ -262,7 +262,7 @@ impl Cuda {
     /// Rows `rows` of f32 `x` `[tokens, cols]`: f32 `[rows.len(), cols]`. Uploads the numbers, so it cannot be captured.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a row that is not there or an output that does not fit, [`Error::Unavailable`] for what fails
+    /// [`Error::Shape`] for a row that is not there or an output that does not fit, [`Error::Device`] for what fails
     /// on the device or while a graph is being captured.
     pub fn select_rows(
         &self,

@@ -64,7 +64,7 @@ fn remedy(code: CUresult) -> &'static str {
 
 /// A driver call that failed while it did `what`.
 pub(super) fn driver(stream: &CudaStream, what: &str, e: DriverError) -> Error {
-    unavailable(format!("{what} on GPU {}", stream.context().ordinal()), text(e))
+    Error::Device { what: format!("{what} on GPU {}", stream.context().ordinal()), reason: text(e) }
 }
 
 /// An allocation of `bytes` for `what` that failed.

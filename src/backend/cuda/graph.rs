@@ -85,10 +85,11 @@ impl Graphs {
     /// Runs a step: by `run`, by recording `run`, or by its graph.
     ///
     /// `run` must launch the same kernels over the same memory each time that `key` is the same, and must not allocate or
-    /// free device memory, upload, read back or wait. While it is recorded, nothing it launches runs.
+    /// free device memory, upload, read back or wait. While it is recorded, nothing it launches runs, and whatever another
+    /// thread launched in the device's stream would be recorded with it: the caller sees to it that there is none.
     ///
     /// # Errors
-    /// Those of `run` when it runs as it is; [`crate::Error::Unavailable`] if a graph cannot be launched.
+    /// Those of `run` when it runs as it is; [`crate::Error::Device`] if a graph cannot be launched.
     pub fn replay(&mut self, cuda: &Cuda, key: GraphKey, mut run: impl FnMut() -> Result<()>) -> Result<()> {
         if !self.on || cuda.profile.is_on() {
             return run();
@@ -109,10 +110,12 @@ impl Graphs {
             match record(cuda, &mut run) {
                 Ok(graph) => *entry = Entry { key, recorded: Some(graph), generation, used: clock },
                 Err(reason) => {
+                    // A step that fails as it is as well says nothing about recording.
+                    run()?;
                     self.on = false;
                     self.entries.clear();
                     self.failure = Some(reason);
-                    return run();
+                    return Ok(());
                 }
             }
         }

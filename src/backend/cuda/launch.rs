@@ -70,7 +70,7 @@ impl Cuda {
     /// Launches a kernel in the device's stream.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for a grid or block that cannot be, [`crate::Error::Unavailable`] with the kernel's name
+    /// [`crate::Error::Shape`] for a grid or block that cannot be, [`crate::Error::Device`] with the kernel's name
     /// for what the driver refuses, which may be what went wrong in an earlier launch.
     ///
     /// # Safety

@@ -2,7 +2,7 @@
 
 use super::launch::{Launch, arg};
 use super::params::{GemmParams, GemvParams};
-use super::{Cuda, CudaTernary, CudaView, CudaViewMut, int, plan, shape};
+use super::{Cuda, CudaTernary, CudaView, CudaViewMut, aligned, int, plan, shape};
 use crate::Result;
 use crate::backend::Arrangement;
 use crate::backend::cpu::Gate;
@@ -74,7 +74,7 @@ impl Cuda {
     /// `[tokens, width]`, none of it part of another. `weight` is stacked.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Unavailable`] for what fails on the device.
+    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Device`] for what fails on the device.
     #[allow(clippy::too_many_arguments)]
     pub fn norm_linear(
         &self,
@@ -140,10 +140,14 @@ impl Cuda {
         if tokens == 0 {
             return Ok(());
         }
+        let (x, norm_weight) = (self.read(x), norm.map_or(0, |(w, _)| self.read(w)));
+        if k.is_multiple_of(4) {
+            aligned(op, [x, norm_weight])?;
+        }
         let product = Product {
             weight,
-            x: self.read(x),
-            norm: norm.map_or(0, |(w, _)| self.read(w)),
+            x,
+            norm: norm_weight,
             eps: norm.map_or(0.0, |(_, eps)| eps),
             out: self.write(out) + (first_column * size_of::<f32>()) as u64,
             tokens,

@@ -77,7 +77,7 @@ impl Cuda {
     /// on that stands beside it; they are in order and do not overlap.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Unavailable`] for what fails on the device.
+    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Device`] for what fails on the device.
     pub fn low_rank(
         &self,
         updates: &[(usize, &CudaLowRank)],

@@ -9,7 +9,10 @@ mod bandwidth;
 mod batch;
 mod chip;
 mod dense;
+#[cfg(target_os = "linux")]
+mod driver;
 mod failure;
+mod found;
 mod graph;
 mod images;
 mod launch;
@@ -31,6 +34,7 @@ pub use batch::CudaBatch;
 pub use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
 pub use chip::Chip;
 pub use dense::CudaDense;
+pub use found::{chips, free_memory};
 pub use graph::{GraphKey, Graphs};
 pub use low_rank::CudaLowRank;
 pub use open::{count, open};
@@ -109,7 +113,7 @@ impl Cuda {
     /// Free and total bytes of device memory, as the driver counts them for all processes.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the driver does not answer.
+    /// [`Error::Device`] if the driver does not answer.
     pub fn memory(&self) -> Result<(usize, usize)> {
         let memory = self.stream.context().mem_get_info();
         memory.map_err(|e| failure::driver(&self.stream, "the size of device memory", e))
@@ -118,7 +122,7 @@ impl Cuda {
     /// Waits until the device has done all that was asked of it.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for what went wrong on the device since the last time.
+    /// [`Error::Device`] for what went wrong on the device since the last time.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|e| failure::driver(&self.stream, "waiting for the device", e))
     }
@@ -194,6 +198,15 @@ fn zeroed<T: DeviceRepr + ValidAsZeroBits>(stream: &Arc<CudaStream>, len: usize,
 /// The error for operands that do not fit.
 fn shape(op: &'static str, reason: String) -> Error {
     Error::Shape { op, reason }
+}
+
+/// Refuses addresses of rows that kernels read 16 bytes at a time and could not. Allocations start at such addresses, and so
+/// does every row of a multiple of 4 values in them.
+fn aligned<const N: usize>(op: &'static str, addresses: [u64; N]) -> Result<()> {
+    match addresses.iter().find(|a| !a.is_multiple_of(16)) {
+        None => Ok(()),
+        Some(a) => Err(shape(op, format!("rows at address {a:#x}, which is no multiple of 16 bytes"))),
+    }
 }
 
 /// A number as kernels take it.

@@ -13,7 +13,7 @@ impl Cuda {
     /// RMSNorm of f32 rows as long as `weight`; `out` is as large as `x` and no part of it.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Unavailable`] for what fails on the device.
+    /// [`crate::Error::Shape`] for operands that do not fit, [`crate::Error::Device`] for what fails on the device.
     pub fn rms_norm(
         &self,
         x: &CudaView<'_, f32>,

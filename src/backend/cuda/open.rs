@@ -3,6 +3,7 @@
 use super::failure;
 use crate::{Error, Result};
 use candle_core::Device;
+use candle_core::cuda_backend::CudaError;
 use candle_core::cuda_backend::cudarc::driver::CudaContext;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -28,7 +29,7 @@ pub fn open(ordinal: usize) -> Result<Device> {
         return Err(failure::unavailable(what(), format!("{there}; use --device cpu or another number")));
     }
     let device = guarded(|| Device::new_cuda_with_stream(ordinal))?;
-    let device = device.map_err(|e| failure::unavailable(what(), format!("candle could not open it: {e}")))?;
+    let device = device.map_err(|e| failure::unavailable(what(), told(&e)))?;
     if let Device::Cuda(cuda) = &device {
         // SAFETY: candle allocates, uses and frees all memory of this device in its one stream, so the order of the
         // stream is all the synchronization that is needed.
@@ -37,8 +38,27 @@ pub fn open(ordinal: usize) -> Result<Device> {
     Ok(device)
 }
 
+/// What the driver told candle, without a stack trace.
+fn told(e: &candle_core::Error) -> String {
+    match e {
+        candle_core::Error::WithBacktrace { inner, .. } => told(inner),
+        candle_core::Error::Cuda(e) => match e.downcast_ref() {
+            Some(CudaError::Cuda(e)) => failure::text(*e),
+            _ => e.to_string(),
+        },
+        e => e.to_string(),
+    }
+}
+
 /// The number of GPUs.
-fn devices() -> Result<usize> {
+///
+/// # Errors
+/// [`Error::Unavailable`] without a driver, or if it does not answer.
+pub(super) fn devices() -> Result<usize> {
+    #[cfg(target_os = "linux")]
+    if !super::driver::is_present() {
+        return Err(no_driver());
+    }
     let count = guarded(CudaContext::device_count)?;
     let count = count.map_err(|e| failure::unavailable("CUDA", failure::text(e)))?;
     Ok(usize::try_from(count).unwrap_or(0))
@@ -47,10 +67,12 @@ fn devices() -> Result<usize> {
 /// Runs calls into the driver. A build that links the driver gets errors from all of them; one that loads it at run time
 /// (cudarc's `dynamic-loading`, which another crate of a program can turn on) panics where there is no driver.
 fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(call)).map_err(|_| Error::Unavailable {
-        what: "CUDA".into(),
-        reason: "the driver's library (libcuda.so.1, nvcuda.dll) cannot be loaded; install the NVIDIA driver or use \
-                 --device cpu"
-            .into(),
-    })
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| no_driver())
+}
+
+fn no_driver() -> Error {
+    let library = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    let reason =
+        format!("the driver's library ({library}) cannot be loaded; install the NVIDIA driver or use --device cpu");
+    failure::unavailable("CUDA", reason)
 }

@@ -91,7 +91,7 @@ impl Cuda {
     /// What was timed since the last call, the longest first; waits for the device.
     ///
     /// # Errors
-    /// [`crate::Error::Unavailable`] for what went wrong on the device.
+    /// [`crate::Error::Device`] for what went wrong on the device.
     pub fn take_profile(&self) -> Result<Vec<KernelTime>> {
         let mut record = self.profile.record();
         record.read().map_err(|e| failure::driver(&self.stream, "timing kernels", e))?;

@@ -108,7 +108,7 @@ impl CudaSampler {
     /// Forgets a slot's marks.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a slot that is not there, [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Shape`] for a slot that is not there, [`Error::Device`] for what fails on the device.
     pub fn clear_marks(&mut self, cuda: &Cuda, slot: usize) -> Result<()> {
         if slot >= self.rows {
             return Err(shape("penalties", format!("slot {slot} is not below {}", self.rows)));
@@ -121,7 +121,7 @@ impl CudaSampler {
     /// Sets marks; no two updates are of one token of one slot. Uploads, so it is no part of a graph.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a slot or token that is not there, [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Shape`] for a slot or token that is not there, [`Error::Device`] for what fails on the device.
     pub fn mark(&mut self, cuda: &Cuda, updates: &[MarkUpdate]) -> Result<()> {
         let inside = |v: i32, end: usize| usize::try_from(v).is_ok_and(|v| v < end);
         let fits = |u: &&MarkUpdate| u.slot != -1 && !(inside(u.slot, self.rows) && inside(u.token, self.vocab));
@@ -150,7 +150,7 @@ impl CudaSampler {
     /// Chooses a token for each row of f32 `logits` `[rows set, vocab]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for logits that do not fit, [`Error::Unavailable`] for what fails on the device.
+    /// [`Error::Shape`] for logits that do not fit, [`Error::Device`] for what fails on the device.
     pub fn draw(&mut self, cuda: &Cuda, logits: &CudaView<'_, f32>) -> Result<()> {
         let (count, vocab) = (self.count, self.vocab);
         if count.checked_mul(vocab) != Some(logits.len()) {
@@ -192,7 +192,7 @@ impl CudaSampler {
     /// no finite largest one.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] for what went wrong on the device.
+    /// [`Error::Device`] for what went wrong on the device.
     pub fn ids(&self, cuda: &Cuda) -> Result<Vec<i32>> {
         cuda.download(&self.ids.slice(..self.count), "the tokens drawn")
     }

@@ -455,6 +455,10 @@ fn recorded_steps_are_the_steps() {
     }
     assert_eq!(runs, 3, "once as it is, recorded twice");
     assert_eq!(graphs.take_failure(), None);
+    // A step that fails anyway does not turn recording off.
+    let key = GraphKey { tokens: 2, bucket: 512, cache: 0, other: 0 };
+    graphs.replay(&cuda, key, || Ok(())).unwrap();
+    assert!(graphs.replay(&cuda, key, || Err(Error::request("a test", "it fails"))).is_err() && graphs.is_on());
     // What allocates cannot be recorded: it runs as it is, and the reason is told once.
     let key = GraphKey { tokens: 3, bucket: 256, cache: 0, other: 0 };
     for _ in 0..3 {

@@ -1,7 +1,8 @@
 //! `bench --prompts`: real prompts, with success, speed and latency of each and of all.
 
 use super::spread::Spread;
-use crate::cli::{first_line, print};
+use crate::cli::model_args::warn_of_no_replay;
+use crate::cli::{first_line, on_threads, print};
 use anyhow::{Context, Result, bail};
 use candle_bitnet::generate::{GenerateOptions, Generation};
 use candle_bitnet::{BitNet, Error};
@@ -41,7 +42,8 @@ struct Summary {
     latency_seconds_max: f64,
     total_seconds: f64,
     kernel: String,
-    threads: usize,
+    /// Of the CPU.
+    threads: Option<usize>,
     results: Vec<Outcome>,
 }
 
@@ -80,6 +82,7 @@ pub fn run(model: &mut BitNet, prompts: &[String], max_tokens: usize, json: bool
     let succeeded = results.iter().filter(|r| r.ok).count();
     let tokens = results.iter().map(|r| r.tokens).sum();
     let latency = Spread::of(results.iter().filter(|r| r.ok).map(|r| r.latency_seconds).collect());
+    warn_of_no_replay(model.decoder());
     let about = model.report();
     let summary = Summary {
         prompts: prompts.len(),
@@ -150,7 +153,7 @@ fn describe(s: &Summary) -> String {
     }
     text + &format!(
         "{} of {} succeeded; {} tokens in {:.2} s: {:.2} tokens/s overall; latency {:.2} s median, {:.2} s at most \
-         (kernel {}, {} threads)\n",
+         (kernel {}{})\n",
         s.succeeded,
         s.prompts,
         s.tokens,
@@ -159,6 +162,6 @@ fn describe(s: &Summary) -> String {
         s.latency_seconds_median,
         s.latency_seconds_max,
         s.kernel,
-        s.threads,
+        on_threads(s.threads),
     )
 }
