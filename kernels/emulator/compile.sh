@@ -2,9 +2,7 @@
 # Compiles every CUDA kernel with the real nvcc for every supported architecture, without a GPU, and reports
 # registers and spills.
 #   kernels/emulator/compile.sh [output folder]       nvcc from $NVCC, $CUDA_HOME/bin or PATH
-# Where there is no CUDA toolkit, the compiler alone comes from PyPI:
-#   pip install --no-deps --target DIR nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
-#       nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85;  export CUDA_HOME=DIR/nvidia/cu13
+# Where there is no CUDA toolkit: eval "$(scripts/cuda_toolkit.sh DIR)"
 # The GPU test and bench programs (tests/emulator, tests/gpu) are compiled too, for 9.0, but not linked.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,7 +11,7 @@ nvcc="${NVCC:-}"
 [ -z "$nvcc" ] && [ -n "${CUDA_HOME:-}" ] && [ -x "$CUDA_HOME/bin/nvcc" ] && nvcc="$CUDA_HOME/bin/nvcc"
 [ -z "$nvcc" ] && nvcc="$(command -v nvcc || true)"
 if [ -z "$nvcc" ]; then
-    echo "kernels/emulator/compile.sh: no nvcc; set NVCC or CUDA_HOME (the head of this script says where to get one)" >&2
+    echo "kernels/emulator/compile.sh: no nvcc; set NVCC or CUDA_HOME, or install one with scripts/cuda_toolkit.sh" >&2
     exit 2
 fi
 mkdir -p "$out"
