@@ -55,7 +55,7 @@ impl Linear {
     /// Adds a low-rank update of the layer's input, which is that before its own norm.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an update of another shape.
+    /// [`crate::Error::Shape`] for an update of another shape.
     pub fn with_adapter(self, adapter: Option<LowRank>) -> Result<Self> {
         let (rows, cols) = match &self.weight {
             Weight::Ternary(w) => (w.rows(), w.cols()),
