@@ -148,6 +148,14 @@ fn is_revision(revision: &str) -> bool {
     revision.len() <= 200 && revision.split('/').all(part)
 }
 
+/// Whether a directory is the snapshot, in a hub's cache, that the repository's branch or tag `name` stood for when it
+/// was last asked.
+pub(crate) fn is_snapshot_of(snapshot: &Path, name: &str) -> bool {
+    let commit = snapshot.file_name().and_then(|n| n.to_str()).filter(|n| is_commit(n));
+    let reference = snapshot.parent().and_then(Path::parent).map(|repository| repository.join("refs").join(name));
+    commit.is_some() && reference.and_then(|r| read_text(&r, 100).ok()).as_deref().map(str::trim) == commit
+}
+
 fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
 }
