@@ -40,7 +40,7 @@ pub struct CachedRevision {
     pub bytes: u64,
 }
 
-/// What [`remove`] removed, or would remove.
+/// What [`plan`] found to remove, and [`Removal::run`] removes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Removal {
     /// `owner/name`.
