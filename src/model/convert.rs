@@ -15,7 +15,7 @@ pub use progress::{OnProgress, Phase, Progress};
 pub use verify::{Verified, verify};
 
 use super::CheckpointWeights;
-use super::config::{ModelConfig, Projection};
+use super::config::{Mode, ModelConfig, Projection};
 use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
@@ -115,6 +115,12 @@ impl Model {
         Ok(Self { checkpoint, config })
     }
 
+    /// Whether a projection is stored as codes and a scale rather than as masters.
+    fn has_codes(&self, name: &str) -> bool {
+        let has_scale = self.checkpoint.contains(&format!("{name}.weight_scale"));
+        has_scale || self.config.quantization.mode == Mode::Dequantized
+    }
+
     fn weights(&self) -> Result<CheckpointWeights<'_>> {
         CheckpointWeights::new(&self.checkpoint, &self.config)
     }
@@ -155,7 +161,7 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
     for (layer, which, name) in linears(config) {
         let Some(packed) = weights.ternary(layer, which)? else { continue };
         let weight = checkpoint.require(&format!("{name}.weight"))?;
-        let has_scale = checkpoint.contains(&format!("{name}.weight_scale"));
+        let has_scale = model.has_codes(&name);
         let store = match form {
             Form::Packed(style) => Store::Packed(packed_scale(&weight, &packed, style)?),
             Form::Masters if has_scale => match Recipe::new(packed.histogram(), packed.scale()) {
