@@ -3,6 +3,7 @@
 mod clock;
 mod incremental;
 mod json;
+pub mod sentencepiece;
 mod template;
 mod template_env;
 mod tokenizer;
