@@ -43,12 +43,17 @@ impl Tokenizer {
     }
 
     /// Loads a model's `tokenizer.json`, with the special tokens named by `tokenizer_config.json`, or by
-    /// `special_tokens_map.json` where the former has none.
+    /// `special_tokens_map.json` where the former has none; or the tokenizer in a GGUF file.
     ///
     /// # Errors
+    /// [`Error::Config`] naming the metadata key of a GGUF file;
     /// [`Error::File`] or [`Error::Io`] naming the file, if one is missing, larger than [`MAX_TOKENIZER_BYTES`], or not
     /// what it should be.
     pub fn open(files: &ModelFiles) -> Result<Self> {
+        if let Some(gguf) = files.gguf()? {
+            let built = guard(|| Ok(super::gguf::tokenizer(&gguf)));
+            return built.map_err(|reason| Error::file(gguf.path(), reason))?;
+        }
         let path = files.path("tokenizer.json");
         let Some(bytes) = files.read("tokenizer.json", MAX_TOKENIZER_BYTES)? else {
             let remedy = if files.contains("tokenizer.model") {
