@@ -13,6 +13,8 @@ mod convert;
 mod finetune;
 #[path = "cli/generate.rs"]
 mod generate;
+#[path = "cli/gguf.rs"]
+mod gguf;
 #[path = "cli/hostile.rs"]
 mod hostile;
 #[path = "cli/logits.rs"]

@@ -126,7 +126,9 @@ impl ModelFiles {
                 let Some((_, text)) = GGUF_FILES.iter().find(|(n, _)| *n == name) else { return Ok(None) };
                 let text = text(&Gguf::open(path)?)?;
                 match text.len() as u64 > limit {
-                    true => Err(Error::file(path, format!("{} bytes of metadata for {name}; at most {limit}", text.len()))),
+                    true => {
+                        Err(Error::file(path, format!("{} bytes of metadata for {name}; at most {limit}", text.len())))
+                    }
                     false => Ok(Some(Cow::Owned(text.into_bytes()))),
                 }
             }

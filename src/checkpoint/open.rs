@@ -1,7 +1,7 @@
 //! A model's files as a set of mapped, checked tensors.
 
+use super::gguf::{Gguf, Rules, gguf_name};
 use super::limits::{MAX_CONFIG_SIZE, MAX_TENSORS};
-use super::gguf::{Gguf, Rules};
 use super::{DenseView, ModelFiles, StoredType, TensorInfo, TensorView, header, index};
 use crate::backend::DenseType;
 use crate::backend::host::MappedFile;
@@ -153,8 +153,11 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] if it is not.
     pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
-        self.tensor(name)
-            .ok_or_else(|| Error::tensor(&self.listing, name, "missing, although the configuration calls for it"))
+        self.tensor(name).ok_or_else(|| {
+            let stored = self.gguf.and_then(|_| gguf_name(name));
+            let name = stored.as_deref().unwrap_or(name);
+            Error::tensor(&self.listing, name, "missing, although the configuration calls for it")
+        })
     }
 
     /// A dense matrix `[rows, cols]` of F32, F16 or BF16; its values stay in the file.

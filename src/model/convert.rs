@@ -19,7 +19,7 @@ use super::config::{ModelConfig, Projection};
 use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
-use crate::checkpoint::{Checkpoint, ModelFiles, ScaleStyle, StoredType, TensorView};
+use crate::checkpoint::{Checkpoint, LinearWeight, ModelFiles, ScaleStyle, StoredType, TensorView};
 use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
 use half::bf16;
 use masters::Recipe;
@@ -155,10 +155,10 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
     for (layer, which, name) in linears(config) {
         let Some(packed) = weights.ternary(layer, which)? else { continue };
         let weight = checkpoint.require(&format!("{name}.weight"))?;
-        let has_scale = checkpoint.contains(&format!("{name}.weight_scale"));
+        let has_codes = has_codes(model, &name, packed.rows(), packed.cols())?;
         let store = match form {
             Form::Packed(style) => Store::Packed(packed_scale(&weight, &packed, style)?),
-            Form::Masters if has_scale => match Recipe::new(packed.histogram(), packed.scale()) {
+            Form::Masters if has_codes => match Recipe::new(packed.histogram(), packed.scale()) {
                 Some(recipe) => Store::Masters(recipe),
                 None => {
                     let m = packed.scale().multiplier();
@@ -174,6 +174,17 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
         matrices.push(Matrix { layer, which, name, rows, cols, store });
     }
     Ok(matrices)
+}
+
+/// Whether a ternary weight is stored as codes, so that there are no masters to copy.
+fn has_codes(model: &Model, name: &str, rows: usize, cols: usize) -> Result<bool> {
+    let checkpoint = &model.checkpoint;
+    if checkpoint.contains(&format!("{name}.weight_scale")) {
+        return Ok(true);
+    }
+    // A GGUF file's types keep the scale beside the codes.
+    let style = model.config.quantization.scale_style;
+    Ok(checkpoint.is_gguf() && matches!(checkpoint.linear(name, rows, cols, style)?, LinearWeight::Ternary(_)))
 }
 
 /// The scale in this style, if the packed form can hold the matrix at all.

@@ -95,8 +95,7 @@ impl<'a> CheckpointWeights<'a> {
             }
             DenseMatrix::Blocks(blocks) => {
                 let mut widened = Ok(());
-                let weight =
-                    backend.dense_filled(DenseType::BF16, rows, cols, |out| widened = blocks.to_bf16(out))?;
+                let weight = backend.dense_filled(DenseType::BF16, rows, cols, |out| widened = blocks.to_bf16(out))?;
                 widened.map(|()| weight)
             }
         }

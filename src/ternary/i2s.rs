@@ -76,7 +76,8 @@ impl PackedTernary {
     pub fn from_i2s(rows: usize, cols: usize, bytes: &[u8], layout: I2sLayout) -> Result<Self> {
         let error = |reason| Error::Shape { op: "I2_S", reason };
         let count = check_shape(rows, cols, layout)?;
-        let Some((codes, tail)) = bytes.split_at_checked(count / CODES_PER_BYTE).filter(|(_, t)| t.len() == TAIL) else {
+        let Some((codes, tail)) = bytes.split_at_checked(count / CODES_PER_BYTE).filter(|(_, t)| t.len() == TAIL)
+        else {
             let needed = count / CODES_PER_BYTE + TAIL;
             return Err(error(format!("{rows}×{cols} needs {needed} bytes, got {}", bytes.len())));
         };

@@ -133,7 +133,9 @@ fn tq1_runs<'a>(block: &'a [u8], out: &'a mut [u8]) -> [(&'a [u8], &'a mut [u8])
 fn check(op: &'static str, rows: usize, cols: usize) -> Result<usize> {
     match rows.checked_mul(cols).filter(|n| *n > 0 && cols.is_multiple_of(BLOCK)) {
         Some(count) => Ok(count / BLOCK),
-        None => Err(Error::Shape { op, reason: format!("{cols} columns of {rows} rows are not a multiple of {BLOCK}") }),
+        None => {
+            Err(Error::Shape { op, reason: format!("{cols} columns of {rows} rows are not a multiple of {BLOCK}") })
+        }
     }
 }
 
@@ -282,7 +284,10 @@ mod tests {
         let p = PackedTernary::from_weights(3, 256, &w, Scale::Multiply(2.0)).unwrap();
         let d = f16::from_f32(2.0);
         let (two, one) = (p.to_tq2_0(d).unwrap(), p.to_tq1_0(d).unwrap());
-        assert_eq!((&two[64..66], &two[66 + 64..][..2], &one[52..54]), (&[0; 2][..], &d.to_le_bytes()[..], &[0; 2][..]));
+        assert_eq!(
+            (&two[64..66], &two[66 + 64..][..2], &one[52..54]),
+            (&[0; 2][..], &d.to_le_bytes()[..], &[0; 2][..])
+        );
         assert_eq!(PackedTernary::from_tq2_0(3, 256, &two).unwrap(), p);
         assert_eq!(PackedTernary::from_tq1_0(3, 256, &one).unwrap(), p);
         let dead = PackedTernary::from_tq2_0(1, 256, &[0; 66]).unwrap();

@@ -27,11 +27,11 @@ const MAX_TOKENS: usize = 1 << 20;
 const MAX_MERGES: usize = 2 << 20;
 
 /// Token ids that the metadata names, all of which are special whatever their type says.
-const SPECIAL: [&str; 10] =
-    ["bos", "eos", "eot", "eom", "unknown", "separator", "padding", "cls", "mask", "fim_pad"];
+const SPECIAL: [&str; 10] = ["bos", "eos", "eot", "eom", "unknown", "separator", "padding", "cls", "mask", "fim_pad"];
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How text is cut into words before merging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,16 @@ const PRE: [(Words, &[&str]); 5] = [
     (
         Words::Llama3,
         &[
-            "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-e", "falcon_e", "falcon-h1", "smaug-bpe", "dbrx", "pixtral",
+            "llama-bpe",
+            "llama3",
+            "llama-v3",
+            "falcon3",
+            "falcon-e",
+            "falcon_e",
+            "falcon-h1",
+            "smaug-bpe",
+            "dbrx",
+            "pixtral",
             "lfm2",
         ],
     ),
@@ -63,7 +72,8 @@ const PRE: [(Words, &[&str]); 5] = [
 impl Words {
     fn pre_tokenizer(self) -> tokenizers::Result<Sequence> {
         let split = |regex: &str| {
-            Split::new(SplitPattern::Regex(regex.into()), SplitDelimiterBehavior::Isolated, false).map(PreTokenizerWrapper::Split)
+            Split::new(SplitPattern::Regex(regex.into()), SplitDelimiterBehavior::Isolated, false)
+                .map(PreTokenizerWrapper::Split)
         };
         // Its own expression is GPT-2's.
         let bytes = |use_regex| PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, use_regex));
@@ -93,7 +103,10 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
         Some("llama") => sentencepiece(gguf, Algorithm::Bpe)?,
         Some("t5") => sentencepiece(gguf, Algorithm::Unigram)?,
         Some(other) => {
-            let reason = format!("{:?} is not supported, only gpt2 (byte-level BPE), llama and t5 (sentencepiece)", quoted(other));
+            let reason = format!(
+                "{:?} is not supported, only gpt2 (byte-level BPE), llama and t5 (sentencepiece)",
+                quoted(other)
+            );
             return Err(Error::config(gguf.path(), key, reason));
         }
         None => return Err(Error::config(gguf.path(), key, "missing: this file has no tokenizer")),
@@ -118,9 +131,9 @@ fn kinds(gguf: &Gguf, count: usize) -> Result<Vec<PieceKind>> {
     }
     // 0 is "undefined" and as good as normal.
     let kind = |code: f64| if code == 0.0 { Some(PieceKind::Normal) } else { PieceKind::from_code(code as u64) };
-    let known = codes.iter().map(|c| {
-        kind(*c).ok_or_else(|| Error::config(gguf.path(), key, format!("{c} is no type of token (1 to 6)")))
-    });
+    let known = codes
+        .iter()
+        .map(|c| kind(*c).ok_or_else(|| Error::config(gguf.path(), key, format!("{c} is no type of token (1 to 6)"))));
     known.collect()
 }
 
@@ -128,7 +141,9 @@ fn kinds(gguf: &Gguf, count: usize) -> Result<Vec<PieceKind>> {
 fn count(gguf: &Gguf, key: &str, most: usize) -> Result<usize> {
     match gguf.strings(key)?.map(|all| all.len()) {
         None => Err(Error::config(gguf.path(), key, "missing")),
-        Some(n) if n > most => Err(Error::config(gguf.path(), key, format!("{n} strings; at most {most} are accepted"))),
+        Some(n) if n > most => {
+            Err(Error::config(gguf.path(), key, format!("{n} strings; at most {most} are accepted")))
+        }
         Some(n) => Ok(n),
     }
 }
@@ -223,7 +238,8 @@ fn post_processor(bos: Option<(String, u32)>, eos: Option<(String, u32)>) -> Res
     let (single, pair) = (around("$A"), [around("$A"), around("$B:1")].concat());
     let named = |token: &Option<(String, u32)>, name: &str| {
         token.clone().map(|(text, id)| {
-            tokenizers::processors::template::SpecialToken::new(name.into(), vec![id], vec![text]).map_err(|e| e.to_string())
+            tokenizers::processors::template::SpecialToken::new(name.into(), vec![id], vec![text])
+                .map_err(|e| e.to_string())
         })
     };
     let tokens: Result<Vec<_>, String> = [named(&bos, "bos"), named(&eos, "eos")].into_iter().flatten().collect();

@@ -60,7 +60,10 @@ impl BlockView {
     pub fn to_bf16(&self, out: &mut [u8]) -> Result<()> {
         let error = |reason: String| Error::tensor(self.file.path(), &self.name, reason);
         let Some(dtype) = self.dtype.candle() else {
-            return Err(error(format!("{} values cannot be read here; convert the file to F16, Q8_0 or Q6_K", self.dtype)));
+            return Err(error(format!(
+                "{} values cannot be read here; convert the file to F16, Q8_0 or Q6_K",
+                self.dtype
+            )));
         };
         let bytes = self.file.bytes().get(self.range.clone()).unwrap_or_default();
         let row_bytes = self.cols / self.dtype.block_values() * self.dtype.block_bytes();

@@ -201,7 +201,9 @@ impl Gguf {
     /// As [`Gguf::tokenizer_config_json`].
     pub fn special_tokens(&self) -> Result<Vec<(String, String)>> {
         let mut found = Vec::new();
-        for (key, name) in [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")] {
+        for (key, name) in
+            [("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")]
+        {
             let Some(id) = self.token(key)? else { continue };
             let token = self.strings("tokenizer.ggml.tokens")?.and_then(|mut all| all.nth(id as usize));
             match token {

@@ -70,9 +70,8 @@ impl Parser<'_> {
 
     fn truncated<T>(&self, what: &str) -> Result<T> {
         match self.cursor.bytes.len() {
-            MAX_GGUF_HEADER_SIZE => {
-                self.fail(format!("{what} lies beyond {MAX_GGUF_HEADER_SIZE} bytes, the most that is read before tensors"))
-            }
+            MAX_GGUF_HEADER_SIZE => self
+                .fail(format!("{what} lies beyond {MAX_GGUF_HEADER_SIZE} bytes, the most that is read before tensors")),
             len => self.fail(format!("{what} runs past the end of the file ({len} bytes): truncated?")),
         }
     }
@@ -84,15 +83,14 @@ impl Parser<'_> {
         if self.cursor.take(4) != Some(MAGIC) {
             return self.fail("not a GGUF file: it does not begin with GGUF");
         }
-        let (Some(version), Some(tensors), Some(entries)) =
-            (self.cursor.u32(), self.cursor.u64(), self.cursor.u64())
+        let (Some(version), Some(tensors), Some(entries)) = (self.cursor.u32(), self.cursor.u64(), self.cursor.u64())
         else {
             return self.truncated("the header");
         };
         match version {
             2 | 3 => {}
             1 => return self.fail("GGUF version 1 is not supported; convert the model again with a newer converter"),
-            v if v.swap_bytes() <= 3 => return self.fail("a big-endian GGUF file is not supported"),
+            v if (1..=3).contains(&v.swap_bytes()) => return self.fail("a big-endian GGUF file is not supported"),
             v => return self.fail(format!("GGUF version {v} is not supported, only 2 and 3")),
         }
         let entries = self.count(entries, MAX_GGUF_METADATA, LEAST_ENTRY, "metadata entries")?;
@@ -118,7 +116,8 @@ impl Parser<'_> {
             _ => return self.fail(format!("ends before its tensors ({file_len} bytes): truncated?")),
         };
         for info in &mut infos {
-            let range = |r: &std::ops::Range<usize>| Some(r.start.checked_add(data_start)?..r.end.checked_add(data_start)?);
+            let range =
+                |r: &std::ops::Range<usize>| Some(r.start.checked_add(data_start)?..r.end.checked_add(data_start)?);
             match range(&info.range).filter(|r| r.end <= file_len) {
                 Some(range) => info.range = range,
                 None => {
@@ -248,10 +247,7 @@ fn array(cursor: &mut Cursor, depth: usize) -> Result<Array, String> {
     Ok(Array { element, len, range: start..cursor.at })
 }
 
-fn describe(
-    cursor: &mut Cursor,
-    alignment: usize,
-) -> Result<(Vec<usize>, StoredType, std::ops::Range<usize>), String> {
+fn describe(cursor: &mut Cursor, alignment: usize) -> Result<(Vec<usize>, StoredType, std::ops::Range<usize>), String> {
     let rank = cursor.u32().ok_or_else(past_the_end)? as usize;
     if rank > MAX_DIMS {
         return Err(format!("{rank} dimensions; at most {MAX_DIMS} are accepted"));

@@ -74,9 +74,12 @@ impl Checkpoint {
         };
         let mut packed = decoded.map_err(|e| describe(&weight, e))?;
         if let Some(scale) = scale {
-            let m = self.scale(&scale, crate::checkpoint::ScaleStyle::Multiply)?.multiplier() * packed.scale().multiplier();
+            let m =
+                self.scale(&scale, crate::checkpoint::ScaleStyle::Multiply)?.multiplier() * packed.scale().multiplier();
             if !m.is_normal() {
-                return Err(scale.error(format!("together with the weight's own scale it gives {m}, which is no scale")));
+                return Err(
+                    scale.error(format!("together with the weight's own scale it gives {m}, which is no scale"))
+                );
             }
             packed = packed.with_scale(Scale::Multiply(m));
         }

@@ -17,6 +17,7 @@ pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 
 pub(super) use linear::Rules;
+pub(super) use names::gguf_name;
 
 use super::TensorInfo;
 use super::open::map;

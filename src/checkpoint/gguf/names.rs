@@ -50,6 +50,19 @@ pub fn hugging_face_name(name: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{path}"))
 }
 
+/// The GGUF name of a tensor: the inverse of [`hugging_face_name`].
+pub(in crate::checkpoint) fn gguf_name(name: &str) -> Option<String> {
+    let find = |table: &[(&'static str, &str)], key: &str| table.iter().find(|(_, v)| *v == key).map(|(k, _)| *k);
+    if let Some(found) = find(&OUTER, name) {
+        return Some(found.to_owned());
+    }
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (path, part) = rest.rsplit_once('.')?;
+    let module = find(&NORMS, path).or_else(|| find(&LINEARS, path))?;
+    let part = if part == "weight_scale" { "scale" } else { part };
+    Some(format!("blk.{layer}.{module}.{part}"))
+}
+
 /// Renames tensors; those without another name keep theirs.
 pub(super) fn rename(mut info: TensorInfo) -> TensorInfo {
     if let Some(name) = hugging_face_name(&info.name) {
@@ -72,6 +85,7 @@ mod tests {
             ("blk.3.attn_k.bias", "model.layers.3.self_attn.k_proj.bias"),
         ] {
             assert_eq!(hugging_face_name(gguf).as_deref(), Some(name));
+            assert_eq!(gguf_name(name).as_deref(), Some(gguf));
         }
         for other in ["rope_freqs.weight", "blk.07.attn_q.weight", "blk.1.attn_norm.scale", "blk.1.attn_q", "output"] {
             assert_eq!(hugging_face_name(other), None, "{other}");

@@ -34,7 +34,8 @@ pub(super) struct GgufReport {
 impl GgufReport {
     pub(super) fn of(file: &Gguf, checkpoint: &Checkpoint) -> Result<Self> {
         let header = file.header();
-        let shown = |key| Ok::<_, candle_bitnet::Error>(file.text(key)?.map(|t| t.chars().take(SHOWN).collect::<String>()));
+        let shown =
+            |key| Ok::<_, candle_bitnet::Error>(file.text(key)?.map(|t| t.chars().take(SHOWN).collect::<String>()));
         let mut tensors: Vec<_> = header.tensors.iter().map(|t| t.range.clone()).collect();
         tensors.sort_unstable_by_key(|r| r.start);
         let (mut unused, mut end) = (0, header.data_start);
@@ -68,11 +69,16 @@ impl GgufReport {
     pub(super) fn remarks(&self, warnings: &mut Vec<String>) {
         if self.tokenizer.is_none() {
             warnings.push("no tokenizer in the file: it can be inspected, but not run on text".into());
-        } else if self.tokenizer.as_deref() == Some("gpt2") && self.pre_tokenizer.as_deref().is_none_or(|p| p == "default") {
-            warnings.push("tokenizer.ggml.pre names no pre-tokeniser; the one that goes with its BOS token is used".into());
+        } else if self.tokenizer.as_deref() == Some("gpt2")
+            && self.pre_tokenizer.as_deref().is_none_or(|p| p == "default")
+        {
+            warnings
+                .push("tokenizer.ggml.pre names no pre-tokeniser; the one that goes with its BOS token is used".into());
         }
         if self.wrong_template {
-            warnings.push("the chat template (\"BITNETAssistant\") is known to be wrong; the documented one is used".into());
+            warnings.push(
+                "the chat template (\"BITNETAssistant\") is known to be wrong; the documented one is used".into(),
+            );
         }
         if self.unused_bytes > 0 {
             warnings.push(format!("{} bytes of the file belong to no tensor", self.unused_bytes));
@@ -83,7 +89,11 @@ impl GgufReport {
 impl fmt::Display for GgufReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name.as_deref().map_or(String::new(), |n| format!(" {n:?}"));
-        write!(f, "GGUF            version {}, {}{name}, {} metadata entries", self.version, self.architecture, self.metadata)?;
+        write!(
+            f,
+            "GGUF            version {}, {}{name}, {} metadata entries",
+            self.version, self.architecture, self.metadata
+        )?;
         if let Some(layout) = self.i2s_layout {
             write!(f, "; I2_S read in layout {layout}")?;
         }
