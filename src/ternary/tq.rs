@@ -34,7 +34,7 @@ static DIGITS: [u16; 256] = {
         let (mut rest, mut t) = (byte as u16, 0);
         while t < 5 {
             table[byte] |= ((rest * 3) >> 8) << (2 * t);
-            rest = rest * 3 & 255;
+            rest = (rest * 3) & 255;
             t += 1;
         }
         byte += 1;
@@ -209,7 +209,7 @@ mod tests {
 
     /// A digit by the formula.
     fn digit(byte: u8, t: u32) -> i8 {
-        let rest = u32::from(byte) * 3u32.pow(t) & 255;
+        let rest = (u32::from(byte) * 3u32.pow(t)) & 255;
         ((rest * 3) >> 8) as i8 - 1
     }
 

@@ -12,6 +12,7 @@ use candle_bitnet::model::config::{Family, ModelConfig, Projection};
 use candle_bitnet::model::convert::{Form, convert};
 use candle_bitnet::model::{CheckpointWeights, Decoder};
 use candle_bitnet::ternary::{I2sLayout, PackedTernary};
+use candle_bitnet::text::Tokenizer;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
@@ -399,6 +400,11 @@ fn a_gguf_file_converts_to_a_directory() {
         let target = dir.path().join("out");
         let summary = convert(&source, &target, form, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
         assert_eq!(summary.verified.matrices, 14);
+        assert_eq!(summary.copied, ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]);
+        let [had, has] = [&source, &target].map(|m| Tokenizer::open(&m.into()).unwrap());
+        let text = "Hello, <|eot_id|> wörld 123";
+        assert_eq!(has.encode(text, true).unwrap(), had.encode(text, true).unwrap());
+        assert_eq!(has.bos_id(), had.bos_id());
         if summary.verified.inexact_scales == 0 {
             assert!(first_logits(&decoder(&target, fastest()).unwrap()) == want, "{form:?}");
         }

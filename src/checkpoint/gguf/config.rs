@@ -304,15 +304,14 @@ impl Gguf {
         }
         let bytes = |t: &crate::checkpoint::TensorInfo| self.file.bytes().get(t.range.clone()).unwrap_or_default();
         // In pieces that do not stay in memory; two heads differ in the first one.
-        let same = bytes(head).chunks(PIECE).zip(bytes(embedding).chunks(PIECE)).enumerate().all(|(i, (a, b))| {
+        bytes(head).chunks(PIECE).zip(bytes(embedding).chunks(PIECE)).enumerate().all(|(i, (a, b))| {
             let same = a == b;
             for t in [head, embedding] {
                 let start = t.range.start + i * PIECE;
                 self.file.release(start..start + a.len());
             }
             same
-        });
-        same
+        })
     }
 
     /// Whether a linear layer's weight is stored as floating-point values without a scale.
