@@ -125,7 +125,7 @@ fn hostile_and_unsupported_configs_name_their_key() {
     // (edit, key in the error, text in the error)
     let cases: &[((&str, &str), &str, &str)] = &[
         (("architectures", ""), "architectures", "missing"),
-        (("architectures", r#"["BitnetForCausalLM"]"#), "architectures", "1bitLLM"),
+        (("architectures", r#"["Bitnet"]"#), "architectures", "1bitLLM"),
         (("architectures", r#"["MistralForCausalLM"]"#), "architectures", "LlamaForCausalLM"),
         (("architectures", "[]"), "architectures", "not supported"),
         (("architectures", "7"), "architectures", "not supported"),

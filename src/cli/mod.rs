@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, each with an `Args` and a `run`.
 
 pub mod bench;
+pub mod cache;
 pub mod chat;
 mod chat_input;
 pub mod completions;
@@ -45,6 +46,7 @@ pub enum Command {
     Inspect(inspect::Args),
     Convert(convert::Args),
     Doctor(doctor::Args),
+    Cache(cache::Args),
     Logits(logits::Args),
     Synth(synth::Args),
     Train(train::Args),
@@ -63,6 +65,7 @@ impl Command {
             Self::Inspect(args) => inspect::run(args),
             Self::Convert(args) => convert::run(args),
             Self::Doctor(args) => doctor::run(args),
+            Self::Cache(args) => cache::run(args),
             Self::Logits(args) => logits::run(args),
             Self::Synth(args) => synth::run(args),
             Self::Train(args) => train::run(args),

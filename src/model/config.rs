@@ -9,6 +9,7 @@ mod read;
 use crate::checkpoint::ScaleStyle;
 use crate::{Error, Result};
 use modules::Pattern;
+pub(crate) use read::SUPPORTED;
 use std::path::Path;
 
 /// Features of a linear layer's input or output. Integer accumulators stay exact in f32 up to 132,104 inputs.
@@ -33,6 +34,9 @@ pub enum Family {
     BitNet,
     /// `LlamaForCausalLM` with BitLinear projections (HF1BitLLM, Falcon3-1.58bit, Falcon-E).
     Llama,
+    /// `BitnetForCausalLM`: the first reproduction, with norms before `o_proj` and `down_proj` and SiLU
+    /// (1bitLLM/bitnet_b1_58-large, -xl, -3B). Not `BitNetForCausalLM`.
+    FirstReproduction,
 }
 
 impl Family {
@@ -41,6 +45,7 @@ impl Family {
         match self {
             Self::BitNet => "BitNetForCausalLM",
             Self::Llama => "LlamaForCausalLM",
+            Self::FirstReproduction => "BitnetForCausalLM",
         }
     }
 
@@ -48,7 +53,16 @@ impl Family {
     pub fn model_type(self) -> &'static str {
         match self {
             Self::BitNet => "bitnet",
-            Self::Llama => "llama",
+            // The first reproduction calls itself so too: `architectures` decides.
+            Self::Llama | Self::FirstReproduction => "llama",
+        }
+    }
+
+    /// Paths, inside a layer, of the norms before `o_proj` and before `down_proj`, where there are any.
+    pub fn sub_norms(self) -> [&'static str; 2] {
+        match self {
+            Self::BitNet | Self::Llama => ["self_attn.attn_sub_norm", "mlp.ffn_sub_norm"],
+            Self::FirstReproduction => ["self_attn.inner_attn_ln", "mlp.ffn_layernorm"],
         }
     }
 }
@@ -79,6 +93,9 @@ pub enum Mode {
     Offline,
     /// Masters, to be quantised at load.
     Online,
+    /// Quantised, but stored as the dense values −s, 0 and s: a Llama checkpoint without a `quantization_config`, as
+    /// Falcon-E's revision `bfloat16`. Loading checks every value, so that a model that was never ternary is refused.
+    Dequantized,
 }
 
 /// `quantization_config`.
@@ -246,8 +263,9 @@ impl ModelConfig {
         let mut norms =
             vec![(name("input_layernorm"), self.hidden_size), (name("post_attention_layernorm"), self.hidden_size)];
         if self.sub_norms {
-            norms.push((name("self_attn.attn_sub_norm"), self.q_size()));
-            norms.push((name("mlp.ffn_sub_norm"), self.intermediate_size));
+            let [attention, mlp] = self.family.sub_norms();
+            norms.push((name(attention), self.q_size()));
+            norms.push((name(mlp), self.intermediate_size));
         }
         norms
     }
@@ -295,8 +313,7 @@ impl ModelConfig {
                 Some(inner) => self.quantization.use_rms_norm && Projection::ALL.iter().any(|p| p.path() == inner),
                 None => match module {
                     "input_layernorm" | "post_attention_layernorm" => true,
-                    "self_attn.attn_sub_norm" | "mlp.ffn_sub_norm" => self.sub_norms,
-                    _ => false,
+                    module => self.sub_norms && self.family.sub_norms().contains(&module),
                 },
             },
             // A constant that old exports stored; it is computed here.
@@ -326,20 +343,27 @@ impl ModelConfig {
             "bos_token_id": self.bos_token,
             "eos_token_id": self.eos_tokens,
             "torch_dtype": "bfloat16",
-            "quantization_config": { "quant_method": "bitnet" },
         });
         if let [one] = self.eos_tokens[..] {
             json["eos_token_id"] = one.into();
         }
+        if self.family == Family::FirstReproduction {
+            json["weight_bits"] = 1.into();
+            json["input_bits"] = 8.into();
+        }
         let q = &self.quantization;
+        let mode = match q.mode {
+            Mode::Offline => "offline",
+            Mode::Online => "online",
+            // What there is no configuration for is how it is known.
+            Mode::Dequantized => return format!("{json:#}\n"),
+        };
+        json["quantization_config"] = serde_json::json!({ "quant_method": "bitnet" });
         json["quantization_config"]["linear_class"] = match q.scale_style {
             ScaleStyle::Multiply => "autobitlinear".into(),
             ScaleStyle::Divide => "bitlinear".into(),
         };
-        json["quantization_config"]["quantization_mode"] = match q.mode {
-            Mode::Offline => "offline".into(),
-            Mode::Online => "online".into(),
-        };
+        json["quantization_config"]["quantization_mode"] = mode.into();
         if q.use_rms_norm {
             json["quantization_config"]["use_rms_norm"] = true.into();
             json["quantization_config"]["rms_norm_eps"] =

@@ -15,7 +15,7 @@ pub use progress::{OnProgress, Phase, Progress};
 pub use verify::{Verified, verify};
 
 use super::CheckpointWeights;
-use super::config::{ModelConfig, Projection};
+use super::config::{Mode, ModelConfig, Projection};
 use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
@@ -115,6 +115,20 @@ impl Model {
         Ok(Self { checkpoint, config })
     }
 
+    /// Whether a projection is stored as codes and a scale rather than as masters.
+    fn has_codes(&self, name: &str) -> Result<bool> {
+        let has_scale = self.checkpoint.contains(&format!("{name}.weight_scale"));
+        if has_scale || self.config.quantization.mode == Mode::Dequantized || !self.checkpoint.is_gguf() {
+            return Ok(has_scale || self.config.quantization.mode == Mode::Dequantized);
+        }
+        // A GGUF file's types keep the scale beside the codes.
+        let style = self.config.quantization.scale_style;
+        Ok(match self.checkpoint.require(&format!("{name}.weight"))?.info.shape[..] {
+            [rows, cols] => matches!(self.checkpoint.linear(name, rows, cols, style)?, LinearWeight::Ternary(_)),
+            _ => false,
+        })
+    }
+
     fn weights(&self) -> Result<CheckpointWeights<'_>> {
         CheckpointWeights::new(&self.checkpoint, &self.config)
     }
@@ -155,7 +169,7 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
     for (layer, which, name) in linears(config) {
         let Some(packed) = weights.ternary(layer, which)? else { continue };
         let weight = checkpoint.require(&format!("{name}.weight"))?;
-        let has_codes = has_codes(model, &name, packed.rows(), packed.cols())?;
+        let has_codes = model.has_codes(&name)?;
         let store = match form {
             Form::Packed(style) => Store::Packed(packed_scale(&weight, &packed, style)?),
             Form::Masters if has_codes => match Recipe::new(packed.histogram(), packed.scale()) {
@@ -174,17 +188,6 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
         matrices.push(Matrix { layer, which, name, rows, cols, store });
     }
     Ok(matrices)
-}
-
-/// Whether a ternary weight is stored as codes, so that there are no masters to copy.
-fn has_codes(model: &Model, name: &str, rows: usize, cols: usize) -> Result<bool> {
-    let checkpoint = &model.checkpoint;
-    if checkpoint.contains(&format!("{name}.weight_scale")) {
-        return Ok(true);
-    }
-    // A GGUF file's types keep the scale beside the codes.
-    let style = model.config.quantization.scale_style;
-    Ok(checkpoint.is_gguf() && matches!(checkpoint.linear(name, rows, cols, style)?, LinearWeight::Ternary(_)))
 }
 
 /// The scale in this style, if the packed form can hold the matrix at all.

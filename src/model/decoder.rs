@@ -338,15 +338,16 @@ fn load_layer(
         false => LinearGroup::gate_up(backend, gate_up.0)?,
     };
     let name = |path: &str| format!("model.layers.{index}.{path}.weight");
+    let [attention_sub_norm, mlp_sub_norm] = config.family.sub_norms();
     let sub = |path: &str, len: usize| config.sub_norms.then(|| norm(&name(path), len)).transpose();
     Ok(Layer {
         input_norm: norm(&name("input_layernorm"), config.hidden_size)?,
         qkv: group(qkv)?,
-        attention_sub_norm: sub("self_attn.attn_sub_norm", config.q_size())?,
+        attention_sub_norm: sub(attention_sub_norm, config.q_size())?,
         output: one(&mut output)?,
         post_attention_norm: norm(&name("post_attention_layernorm"), config.hidden_size)?,
         gate_up,
-        mlp_sub_norm: sub("mlp.ffn_sub_norm", config.intermediate_size)?,
+        mlp_sub_norm: sub(mlp_sub_norm, config.intermediate_size)?,
         down: one(&mut down)?,
     })
 }

@@ -129,7 +129,7 @@ impl Preset {
         let s = &self.shape;
         let (activation, scale_style) = match s.family {
             Family::BitNet => (Activation::Relu2, ScaleStyle::Multiply),
-            Family::Llama => (Activation::Silu, ScaleStyle::Divide),
+            Family::Llama | Family::FirstReproduction => (Activation::Silu, ScaleStyle::Divide),
         };
         ModelConfig {
             family: s.family,
@@ -145,7 +145,7 @@ impl Preset {
             rope_theta: s.rope_theta,
             tied_embeddings: s.tied,
             activation,
-            sub_norms: s.family == Family::BitNet,
+            sub_norms: s.family != Family::Llama,
             quantization: Quantization::plain(Mode::Offline, scale_style),
             bos_token: Some(s.bos),
             eos_tokens: vec![s.eos],

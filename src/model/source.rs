@@ -2,6 +2,7 @@
 
 use super::config::{ModelConfig, Projection};
 use super::presets::SyntheticWeights;
+use super::ternary_of;
 use crate::backend::{Backend, DenseType, DenseWeight};
 use crate::checkpoint::adapter::{Adapter, tensor_names};
 use crate::checkpoint::gguf::DenseMatrix;
@@ -80,10 +81,7 @@ impl<'a> CheckpointWeights<'a> {
         match self.checkpoint.linear(&name, rows, cols, self.config.quantization.scale_style)? {
             checkpoint::LinearWeight::Ternary(w) => Ok(Some(w)),
             checkpoint::LinearWeight::Dense(view) => {
-                let packed = PackedTernary::quantize_slice(rows, cols, &view.to_f32())
-                    .map_err(|e| Error::tensor(view.file.path(), format!("{name}.weight"), e.to_string()))?;
-                view.release();
-                Ok(Some(packed))
+                ternary_of(&view, &format!("{name}.weight"), self.config.quantization.mode).map(Some)
             }
         }
     }

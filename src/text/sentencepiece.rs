@@ -4,7 +4,10 @@
 //! transformers' `SpmConverter`. A piece that can be made in several ways gives several merges, longest left part first:
 //! where two ways to make the same piece overlap in a text, sentencepiece takes the left one.
 
+mod open;
 mod proto;
+
+pub(crate) use open::open;
 
 use crate::checkpoint::limits::quoted;
 use crate::{Error, Result};

@@ -1,7 +1,7 @@
 //! The tokenizer of a checkpoint.
 
 use super::json::{parse_object, read_json};
-use super::{IncrementalDecoder, MAX_JSON_BYTES};
+use super::{IncrementalDecoder, MAX_JSON_BYTES, sentencepiece};
 use crate::checkpoint::ModelFiles;
 use crate::{Error, Result};
 use serde_json::Value;
@@ -42,8 +42,8 @@ impl Tokenizer {
         Self::open(&dir.as_ref().into())
     }
 
-    /// Loads a model's `tokenizer.json`, with the special tokens named by `tokenizer_config.json`, or by
-    /// `special_tokens_map.json` where the former has none; or the tokenizer in a GGUF file.
+    /// Loads a model's `tokenizer.json`, or else its SentencePiece `tokenizer.model`, with the special tokens named by
+    /// `tokenizer_config.json`, or by `special_tokens_map.json` where the former has none; or the tokenizer in a GGUF file.
     ///
     /// # Errors
     /// [`Error::Config`] naming the metadata key of a GGUF file;
@@ -54,22 +54,21 @@ impl Tokenizer {
             let built = guard(|| Ok(super::gguf::tokenizer(&gguf)));
             return built.map_err(|reason| Error::file(gguf.path(), reason))?;
         }
-        let path = files.path("tokenizer.json");
-        let Some(bytes) = files.read("tokenizer.json", MAX_TOKENIZER_BYTES)? else {
-            let remedy = if files.contains("tokenizer.model") {
-                "not found; this checkpoint has only a sentencepiece tokenizer.model: write the missing file with \
-                 transformers, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-            } else {
-                "not found; download it from the model's repository on the hub into the same directory"
-            };
-            return Err(Error::file(path, remedy));
-        };
         let mut special = special_tokens(read_json(files, "tokenizer_config.json")?.as_ref());
         for (key, text) in special_tokens(read_json(files, "special_tokens_map.json")?.as_ref()) {
             if !special.iter().any(|(k, _)| *k == key) {
                 special.push((key, text));
             }
         }
+        let path = files.path("tokenizer.json");
+        let Some(bytes) = files.read("tokenizer.json", MAX_TOKENIZER_BYTES)? else {
+            if let Some(inner) = sentencepiece::open(files, &mut special)? {
+                return Self::build(inner, files.path("tokenizer.model"), special);
+            }
+            let reason = "not found, and no tokenizer.model either; download it from the model's repository on the hub \
+                          into the same directory";
+            return Err(Error::file(path, reason));
+        };
         Self::build(parse(&path, &bytes)?, path, special)
     }
 

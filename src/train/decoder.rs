@@ -123,9 +123,10 @@ impl Decoder {
                 which.iter().map(|p| format!("{}.weight", self.config.projection_name(index, *p))).collect()
             };
             let norm = |path: &str| [format!("model.layers.{index}.{path}.weight")];
+            let [attention, mlp] = self.config.family.sub_norms();
             let (attention_sub_norm, mlp_sub_norm) = match self.config.sub_norms {
                 false => (None, None),
-                true => (Some(leaf(&norm("self_attn.attn_sub_norm"))?), Some(leaf(&norm("mlp.ffn_sub_norm"))?)),
+                true => (Some(leaf(&norm(attention))?), Some(leaf(&norm(mlp))?)),
             };
             layers.push(Layer {
                 input_norm: leaf(&norm("input_layernorm"))?,

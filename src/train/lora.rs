@@ -176,15 +176,16 @@ impl LoraModel {
                 site(&[Projection::Down])?,
             );
             let name = |path: &str| format!("model.layers.{index}.{path}.weight");
+            let [attention_sub_norm, mlp_sub_norm] = config.family.sub_norms();
             let sub = |path: &str, len: usize| config.sub_norms.then(|| norm(&name(path), len)).transpose();
             layers.push(Layer {
                 input_norm: norm(&name("input_layernorm"), hidden)?,
                 qkv,
-                attention_sub_norm: sub("self_attn.attn_sub_norm", config.q_size())?,
+                attention_sub_norm: sub(attention_sub_norm, config.q_size())?,
                 output,
                 post_attention_norm: norm(&name("post_attention_layernorm"), hidden)?,
                 gate_up,
-                mlp_sub_norm: sub("mlp.ffn_sub_norm", config.intermediate_size)?,
+                mlp_sub_norm: sub(mlp_sub_norm, config.intermediate_size)?,
                 down,
             });
         }

@@ -312,7 +312,7 @@ fn what_is_not_b158_is_refused_by_name() {
     fails(&quantised, &["blk.1.ffn_up.weight", "Q8_0 values are not ternary"]);
     fails(&b.clone().tensor("rope_freqs.weight", &[16], 0, vec![0; 64]), &["rope_freqs.weight", "gives it no meaning"]);
     fails(&b.clone().tensor("blk.0.attn_q.bias", &[128], 0, vec![0; 512]), &["blk.0.attn_q.bias", "bias"]);
-    let noise: Vec<u8> = (0..weight.bytes.len()).map(|i| (i * i * 31 >> 3) as u8).collect();
+    let noise: Vec<u8> = (0..weight.bytes.len()).map(|i| ((i * i * 31) >> 3) as u8).collect();
     let mut damaged = noise;
     damaged[344 * 128 / 4..][..4].copy_from_slice(&0.1f32.to_le_bytes());
     fails(&b.clone().tensor(&weight.name, &weight.shape, I2_S, damaged), &["blk.1.ffn_up.weight", "are 3"]);

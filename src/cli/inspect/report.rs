@@ -2,10 +2,11 @@
 
 mod gguf;
 
+use candle_bitnet::Result;
 use candle_bitnet::checkpoint::{Checkpoint, LinearWeight, ScaleStyle};
 use candle_bitnet::model::config::{Mode, ModelConfig, Projection};
+use candle_bitnet::model::ternary_of;
 use candle_bitnet::ternary::PackedTernary;
-use candle_bitnet::{Error, Result};
 use gguf::GgufReport;
 use indicatif::HumanBytes;
 use rayon::prelude::*;
@@ -205,6 +206,7 @@ impl Report {
             quantization_mode: match config.quantization.mode {
                 Mode::Offline => "offline",
                 Mode::Online => "online",
+                Mode::Dequantized => "dequantized",
             },
             weight_scale: match config.quantization.scale_style {
                 ScaleStyle::Multiply => "multiply",
@@ -255,10 +257,7 @@ fn linear(checkpoint: &Checkpoint, config: &ModelConfig, layer: usize, which: Pr
     let ternary = match weight {
         LinearWeight::Ternary(packed) => Some(packed),
         LinearWeight::Dense(view) if config.is_converted(&name) => {
-            let packed = PackedTernary::quantize_slice(rows, cols, &view.to_f32())
-                .map_err(|e| Error::tensor(view.file.path(), format!("{name}.weight"), e.to_string()))?;
-            view.release();
-            Some(packed)
+            Some(ternary_of(&view, &format!("{name}.weight"), config.quantization.mode)?)
         }
         LinearWeight::Dense(_) => None,
     };

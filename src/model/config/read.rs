@@ -1,10 +1,11 @@
 //! From JSON to [`ModelConfig`], key by key.
 
 use super::*;
+use crate::checkpoint::hub;
 use crate::checkpoint::json::{self, Fields, Node};
 
 /// Top-level keys that are read; all others are ignored.
-const KEYS: [&str; 24] = [
+const KEYS: [&str; 26] = [
     "architectures",
     "model_type",
     "hidden_size",
@@ -27,18 +28,21 @@ const KEYS: [&str; 24] = [
     "num_local_experts",
     "num_experts",
     "quantization_config",
+    "weight_bits",
+    "input_bits",
     "bos_token_id",
     "eos_token_id",
 ];
 
-const SUPPORTED: &str = "supported are BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T, packed or bf16) and \
-                         LlamaForCausalLM with quant_method bitnet (HF1BitLLM, Falcon3-1.58bit, Falcon-E)";
+pub(crate) const SUPPORTED: &str = "supported are BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T, packed or bf16), \
+                         LlamaForCausalLM with quant_method bitnet (HF1BitLLM, Falcon3-1.58bit, Falcon-E) and \
+                         BitnetForCausalLM (1bitLLM/bitnet_b1_58-large, -xl, -3B)";
 
 pub(super) fn parse(path: &Path, text: &str) -> Result<ModelConfig> {
     let fields = json::parse(text, &KEYS).map_err(|e| Error::file(path, e))?;
     let read = Reader { path, fields: &fields, prefix: "" };
     let family = family(&read)?;
-    let quantization = quantization(&read)?;
+    let quantization = quantization(&read, family)?;
     unsupported(&read)?;
 
     let hidden_size = read.size("hidden_size", MAX_FEATURES, None)?;
@@ -63,7 +67,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<ModelConfig> {
     let vocab_size = read.size("vocab_size", MAX_VOCAB, None)?;
     let (activation, rms_norm_eps, rope_theta) = match family {
         Family::BitNet => (Activation::Relu2, 1e-5, 500_000.0),
-        Family::Llama => (Activation::Silu, 1e-6, 10_000.0),
+        Family::Llama | Family::FirstReproduction => (Activation::Silu, 1e-6, 10_000.0),
     };
     Ok(ModelConfig {
         family,
@@ -79,7 +83,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<ModelConfig> {
         rope_theta: rope(&read, rope_theta)?,
         tied_embeddings: read.flag("tie_word_embeddings", false)?,
         activation: hidden_act(&read, activation)?,
-        sub_norms: family == Family::BitNet,
+        sub_norms: family != Family::Llama,
         quantization,
         bos_token: read.tokens("bos_token_id", vocab_size)?.first().copied(),
         eos_tokens: read.tokens("eos_token_id", vocab_size)?,
@@ -190,10 +194,7 @@ fn family(read: &Reader) -> Result<Family> {
     match found {
         [Node::Text(name)] if name == "BitNetForCausalLM" => Ok(Family::BitNet),
         [Node::Text(name)] if name == "LlamaForCausalLM" => Ok(Family::Llama),
-        [Node::Text(name)] if name == "BitnetForCausalLM" => read.fail(
-            key,
-            format!("BitnetForCausalLM (1bitLLM's first reproduction, another model than BitNetForCausalLM) is not supported; {SUPPORTED}"),
-        ),
+        [Node::Text(name)] if name == "BitnetForCausalLM" => Ok(Family::FirstReproduction),
         found => {
             let found = Node::List(found.to_vec()).describe();
             read.fail(key, format!("{found} is not supported; {SUPPORTED}"))
@@ -201,9 +202,25 @@ fn family(read: &Reader) -> Result<Family> {
     }
 }
 
-fn quantization(read: &Reader) -> Result<Quantization> {
+fn quantization(read: &Reader, family: Family) -> Result<Quantization> {
+    if family == Family::FirstReproduction {
+        for (key, supported) in [("weight_bits", 1), ("input_bits", 8)] {
+            match read.get(key) {
+                None => {}
+                Some(Node::Int(n)) if *n == supported => {}
+                Some(found) => return read.unexpected(key, found, &format!("{supported}, which is b1.58,")),
+            }
+        }
+    }
     let Some(q) = read.object("quantization_config", "quantization_config.")? else {
-        return read.fail("quantization_config", format!("missing, so this is not a b1.58 checkpoint; {SUPPORTED}"));
+        return match family {
+            Family::FirstReproduction => Ok(Quantization::plain(Mode::Online, ScaleStyle::Multiply)),
+            Family::Llama if is_prequantized(read.path) => Ok(Quantization::plain(Mode::Online, ScaleStyle::Multiply)),
+            Family::Llama => Ok(Quantization::plain(Mode::Dequantized, ScaleStyle::Multiply)),
+            Family::BitNet => {
+                read.fail("quantization_config", format!("missing, so this is not a b1.58 checkpoint; {SUPPORTED}"))
+            }
+        };
     };
     match q.text("quant_method")? {
         Some("bitnet") => {}
@@ -243,6 +260,12 @@ fn quantization(read: &Reader) -> Result<Quantization> {
     let use_rms_norm = q.flag("use_rms_norm", false)?;
     let rms_norm_eps = q.eps("rms_norm_eps", 1e-6)?;
     Quantization::new(mode, scale_style, use_rms_norm, rms_norm_eps, modules).or_else(|e| q.fail(key, e))
+}
+
+/// Whether the file lies in a hub's snapshot that the repository calls `prequantized`: that revision of Falcon-E holds
+/// masters, and nothing in its files says so.
+fn is_prequantized(path: &Path) -> bool {
+    path.parent().is_some_and(|snapshot| hub::is_snapshot_of(snapshot, "prequantized"))
 }
 
 /// The base of the rotary embedding, from the top level or from `rope_parameters` (transformers 5).

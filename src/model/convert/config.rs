@@ -20,20 +20,26 @@ pub(super) fn rewrite(model: &Model, form: Form) -> Result<String> {
         return Ok(text.to_owned());
     }
     let mut json: Value = serde_json::from_str(text).map_err(|e| Error::file(path, e.to_string()))?;
-    let Some(quantization) = json.get_mut("quantization_config").and_then(Value::as_object_mut) else {
+    let Some(fields) = json.as_object_mut() else { return Err(Error::file(path, "not an object")) };
+    // Neither 1bitLLM's masters nor dequantised weights have one: it has to say everything then.
+    let is_new = fields.get("quantization_config").is_none_or(Value::is_null);
+    if is_new {
+        fields.insert("quantization_config".into(), serde_json::json!({ "quant_method": "bitnet" }));
+    }
+    let Some(quantization) = fields.get_mut("quantization_config").and_then(Value::as_object_mut) else {
         return Err(Error::config(path, "quantization_config", "not an object"));
     };
-    if style != q.scale_style {
+    if style != q.scale_style || is_new {
         let class = match style {
             ScaleStyle::Multiply => "autobitlinear",
             ScaleStyle::Divide => "bitlinear",
         };
         quantization.insert("linear_class".into(), class.into());
     }
-    if mode != q.mode {
+    if mode != q.mode || is_new {
         let mode = match mode {
             Mode::Offline => "offline",
-            Mode::Online => "online",
+            Mode::Online | Mode::Dequantized => "online",
         };
         quantization.insert("quantization_mode".into(), mode.into());
     }

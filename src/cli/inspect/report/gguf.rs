@@ -39,7 +39,7 @@ impl GgufReport {
         let mut tensors: Vec<_> = header.tensors.iter().map(|t| t.range.clone()).collect();
         tensors.sort_unstable_by_key(|r| r.start);
         let (mut unused, mut end) = (0, header.data_start);
-        for range in tensors.into_iter().chain([file.file().bytes().len()..0]) {
+        for range in tensors.into_iter().chain(std::iter::once(file.file().bytes().len()..0)) {
             let gap = range.start.saturating_sub(end);
             unused += if gap < header.alignment { 0 } else { gap as u64 };
             end = range.end;
