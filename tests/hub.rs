@@ -32,6 +32,8 @@ struct State {
     cut: Vec<usize>,
     /// A byte of every body is another one.
     corrupt: bool,
+    /// The token was sent to the other host.
+    leaked: bool,
     /// Ranges are ignored.
     whole: bool,
     /// Paths, with the range asked for.
@@ -118,6 +120,8 @@ fn answer(mut stream: TcpStream, address: SocketAddr, state: &Mutex<State>) -> s
     }
     let mut state = state.lock().unwrap();
     state.most = state.most.max(state.open);
+    // Whoever keeps the large files has no business with the token.
+    state.leaked |= authorised && path.starts_with("/cdn/");
     let from = range.map_or(String::new(), |(from, _)| format!(" from {from}"));
     state.log.push(format!("{}{path}{from}", if is_head { "HEAD " } else { "" }));
     let cut = if path.starts_with("/cdn/") && !state.cut.is_empty() { Some(state.cut.remove(0)) } else { None };
@@ -151,7 +155,6 @@ fn answer(mut stream: TcpStream, address: SocketAddr, state: &Mutex<State>) -> s
     if path.starts_with("/owner/model/resolve/") && state.gated && !authorised {
         return reply("401 Unauthorized", "X-Error-Code: GatedRepo\r\n", b"");
     }
-    // The token is for the hub alone; here both are one host, so it may come along.
     let Some((name, mut bytes)) = file(&path) else { return reply("404 Not Found", "", b"") };
     let etag = etag(&name, &bytes);
     let commit = format!("X-Repo-Commit: {COMMIT}\r\n");
@@ -159,7 +162,8 @@ fn answer(mut stream: TcpStream, address: SocketAddr, state: &Mutex<State>) -> s
     if is_large(&name) && !path.starts_with("/cdn/") {
         let size = bytes.len();
         let headers = format!(
-            "{commit}X-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {size}\r\nLocation: http://{address}/cdn{path}\r\n"
+            "{commit}X-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {size}\r\nLocation: http://localhost:{}/cdn{path}\r\n",
+            address.port()
         );
         return reply("302 Found", &headers, b"");
     }
@@ -284,7 +288,7 @@ fn gated_and_missing_models_say_what_to_do() {
     let text = hub_error(resolve("owner/model", &wrong));
     assert!(text.contains("the token given") && !text.contains("hf_wrong"), "{text}");
     let right = HubOptions { token: Some(TOKEN.into()), ..options.clone() };
-    assert!(resolve("owner/model", &right).is_ok());
+    assert!(resolve("owner/model", &right).is_ok() && !server.state.lock().unwrap().leaked);
 
     let text = hub_error(resolve("owner/model@v9", &options));
     assert!(text.contains("owner/model@v9") && text.contains("no branch, tag or commit v9"), "{text}");
@@ -341,6 +345,9 @@ fn what_is_neither_a_directory_nor_an_id_is_named() {
         let text = err.to_string();
         assert!(text.contains("existing directory") && text.contains("hub id"), "{text}");
     }
+    std::fs::write(dir.path().join("ca.pem"), "no certificate").unwrap();
+    let options = HubOptions { offline: false, ca_file: Some(dir.path().join("ca.pem")), ..options };
+    assert!(resolve("owner/model", &options).unwrap_err().to_string().contains("SSL_CERT_FILE"));
     let homeless = HubOptions::default();
     assert!(resolve("owner/model", &homeless).unwrap_err().to_string().contains("HF_HOME"));
 }

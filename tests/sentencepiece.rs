@@ -48,7 +48,8 @@ fn ids_and_texts_are_those_of_the_reference_library() {
             assert_eq!(tokenizer.encode(text, true).unwrap(), [&[1], &ids[..]].concat(), "{name}: {text:?}");
             // The reference shows unknown text as " ⁇ ", where <unk> is special here and left out; and it drops any
             // number of leading spaces where the settings say that there cannot be more than one.
-            if !ids.contains(&0) && !(name == "unigram" && text.starts_with('▁')) {
+            let differs = ids.contains(&0) || name == "unigram" && text.starts_with('▁');
+            if !differs {
                 let decoded = case["decoded"].as_str().unwrap();
                 assert_eq!(tokenizer.decode(&ids, true).unwrap(), decoded, "{name}: {ids:?}");
                 assert_eq!(streamed(&tokenizer, &ids), decoded, "{name}: {ids:?}");

@@ -227,7 +227,7 @@ fn missing_and_hostile_tokenizers() {
         let text = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
         assert!(text.contains("tokenizer.json") && text.contains(reason), "{text}");
     };
-    fails("not found; download it");
+    fails("not found, and no tokenizer.model either; download it");
     std::fs::write(dir.path().join("tokenizer.model"), "").unwrap();
     let text = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
     assert!(text.contains("tokenizer.model") && text.contains("no pieces"), "{text}");

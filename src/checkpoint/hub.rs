@@ -49,6 +49,8 @@ pub struct HubOptions {
     pub endpoint: Option<String>,
     /// Access token.
     pub token: Option<String>,
+    /// Certificates (PEM) that the hub's has to lead to, instead of the usual authorities': of a proxy that reads along.
+    pub ca_file: Option<PathBuf>,
     /// Longest wait before a failed request is tried again, and for another process that downloads the same file.
     pub patience: Duration,
 }
@@ -63,7 +65,7 @@ impl std::fmt::Debug for HubOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Never the token itself.
         let token = self.token.as_ref().map(|_| "…");
-        let Self { revision, offline, progress, cache_dir, endpoint, patience, .. } = self;
+        let Self { revision, offline, progress, cache_dir, endpoint, ca_file, patience, .. } = self;
         f.debug_struct("HubOptions")
             .field("revision", revision)
             .field("offline", offline)
@@ -71,6 +73,7 @@ impl std::fmt::Debug for HubOptions {
             .field("cache_dir", cache_dir)
             .field("endpoint", endpoint)
             .field("token", &token)
+            .field("ca_file", ca_file)
             .field("patience", patience)
             .finish()
     }
@@ -78,7 +81,7 @@ impl std::fmt::Debug for HubOptions {
 
 impl HubOptions {
     /// What the environment says: `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_TOKEN` (or the token that
-    /// `hf auth login` stored), `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
+    /// `hf auth login` stored), `HF_ENDPOINT`, `HF_HUB_OFFLINE`; `REQUESTS_CA_BUNDLE` or `SSL_CERT_FILE`.
     pub fn from_env() -> Self {
         Self::from_vars(|key| std::env::var(key).ok().filter(|v| !v.is_empty()), std::env::home_dir())
     }
@@ -101,6 +104,7 @@ impl HubOptions {
             cache_dir: dir("HF_HUB_CACHE").or_else(|| Some(home.as_ref()?.join("hub"))),
             endpoint: var("HF_ENDPOINT").map(|e| e.trim_end_matches('/').to_owned()),
             token,
+            ca_file: dir("REQUESTS_CA_BUNDLE").or_else(|| dir("SSL_CERT_FILE")),
             patience: PATIENCE,
         }
     }
@@ -278,7 +282,7 @@ impl Hub<'_> {
     }
 
     fn download(&self) -> Result<PathBuf, Failure> {
-        let client = Client::new(self.options);
+        let client = Client::new(self.options)?;
         let listing = client.listing(self.id, self.revision).map_err(|e| self.explain(&client, &e, None))?;
         if !is_commit(&listing.sha) {
             return self.other("the hub's answer names no commit; is HF_ENDPOINT right?");
@@ -456,7 +460,7 @@ mod tests {
         };
         let o = HubOptions::from_vars(vars(&[]), Some("/home/u".into()));
         assert_eq!(o.cache_dir.unwrap(), Path::new("/home/u/.cache/huggingface/hub"));
-        assert!(!o.offline && o.token.is_none() && o.endpoint.is_none());
+        assert!(!o.offline && o.token.is_none() && o.endpoint.is_none() && o.ca_file.is_none());
         let o = HubOptions::from_vars(
             vars(&[("HF_HOME", "/hf"), ("HF_HUB_OFFLINE", "True"), ("HF_TOKEN", " t\n"), ("HF_ENDPOINT", "http://h/")]),
             None,
@@ -464,8 +468,12 @@ mod tests {
         assert_eq!(o.cache_dir.as_deref(), Some(Path::new("/hf/hub")));
         assert_eq!((o.offline, o.token.as_deref(), o.endpoint.as_deref()), (true, Some("t"), Some("http://h")));
         assert!(!format!("{o:?}").contains("\"t\"") && o.patience == PATIENCE, "the token is not printed");
-        let o = HubOptions::from_vars(vars(&[("HF_HUB_CACHE", "/c"), ("HF_HUB_OFFLINE", "0")]), None);
+        let o = HubOptions::from_vars(
+            vars(&[("HF_HUB_CACHE", "/c"), ("HF_HUB_OFFLINE", "0"), ("SSL_CERT_FILE", "/ca")]),
+            None,
+        );
         assert_eq!((o.cache_dir.as_deref(), o.offline), (Some(Path::new("/c")), false));
+        assert_eq!(o.ca_file.as_deref(), Some(Path::new("/ca")));
         assert_eq!(
             HubOptions::from_vars(vars(&[("XDG_CACHE_HOME", "/x")]), None).cache_dir.unwrap(),
             Path::new("/x/huggingface/hub")

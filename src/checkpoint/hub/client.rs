@@ -3,14 +3,20 @@
 use super::DEFAULT_ENDPOINT;
 use super::HubOptions;
 use crate::checkpoint::limits::quoted;
+use crate::checkpoint::open::read_text;
+use crate::{Error, Result};
 use serde::Deserialize;
+use std::path::Path;
 use std::time::Duration;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, Response};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 /// Bytes of the list of a repository's files; a file takes about 200.
 const MAX_LISTING: u64 = 16 << 20;
+/// Bytes of a file of certificates; a system's has 250 kB.
+const MAX_CERTIFICATES: u64 = 4 << 20;
 /// Silence after which a connection is given up, and the download resumed on another.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -79,8 +85,15 @@ pub(super) struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    pub fn new(options: &'a HubOptions) -> Self {
+    /// # Errors
+    /// [`Error::File`] or [`Error::Io`] if the certificates cannot be read.
+    pub fn new(options: &'a HubOptions) -> Result<Self> {
+        let tls = match &options.ca_file {
+            Some(path) => TlsConfig::builder().root_certs(certificates(path)?).build(),
+            None => TlsConfig::default(),
+        };
         let agent = Agent::config_builder()
+            .tls_config(tls)
             // Statuses are looked at here, with the headers that explain them.
             .http_status_as_error(false)
             // Large files lie on other hosts, which must not see the token.
@@ -94,7 +107,7 @@ impl<'a> Client<'a> {
             .build()
             .into();
         let endpoint = options.endpoint.as_deref().unwrap_or(DEFAULT_ENDPOINT);
-        Self { agent, endpoint, token: options.token.as_deref() }
+        Ok(Self { agent, endpoint, token: options.token.as_deref() })
     }
 
     pub fn endpoint(&self) -> &str {
@@ -145,6 +158,21 @@ impl<'a> Client<'a> {
             request = request.header("Range", format!("bytes={from}-"));
         }
         accepted(request.call().map_err(network)?)
+    }
+}
+
+fn certificates(path: &Path) -> Result<RootCerts> {
+    let text = read_text(path, MAX_CERTIFICATES)?;
+    let found = parse_pem(text.as_bytes()).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    });
+    match found.collect::<Vec<_>>() {
+        none if none.is_empty() => Err(Error::file(
+            path,
+            "holds no certificates (PEM), though REQUESTS_CA_BUNDLE or SSL_CERT_FILE names it; correct or unset that",
+        )),
+        found => Ok(RootCerts::new_with_certs(&found)),
     }
 }
 
