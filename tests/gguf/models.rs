@@ -170,12 +170,16 @@ fn scales_of_their_own_multiply_and_three_values_are_ternary() {
         )
     };
     assert!(run(&model(&dir, "bitnet-b1.58", split), None).unwrap() == want);
-    // -m, 0, m in f32.
+    // -m, 0, m in f32; said to be what they are.
     let whole: Encode = &|b, name, w| {
         let bytes = w.dequantize().iter().flat_map(|v| v.to_le_bytes()).collect();
         b.tensor(&format!("{name}.weight"), &shape(&w), F32, bytes)
     };
-    assert!(run(&model(&dir, "bitnet-b1.58", whole), None).unwrap() == want);
+    let whole = model(&dir, "bitnet-b1.58", whole);
+    assert!(run(&whole, None).unwrap() == want);
+    let file = tempfile::tempdir().unwrap();
+    let config = |b: &Builder| Checkpoint::open(&b.write(file.path())).unwrap().config().1.to_owned();
+    assert!(config(&whole).contains("offline"));
     // Architecture bitnet is the same but for its activation.
     let silu = run(&model(&dir, "bitnet", split), None).unwrap();
     assert!(silu != want && silu.iter().flatten().all(|v| v.is_finite()));
@@ -201,6 +205,8 @@ fn masters_are_quantised_in_bitnet_and_refused_in_llama() {
     }
     let want = first_logits(&decoder(&dir, fastest()).unwrap());
     assert!(run(&b, None).unwrap() == want);
+    let file = tempfile::tempdir().unwrap();
+    assert!(Checkpoint::open(&b.write(file.path())).unwrap().config().1.contains("online"));
     let mut llama = b.clone();
     for (key, value) in &mut llama.entries {
         let text = String::from_utf8(key.clone()).unwrap().replace("bitnet-b1.58.", "llama.");
@@ -357,6 +363,22 @@ fn files_are_found_by_name_and_in_directories() {
     let mut text = String::new();
     std::io::Read::read_to_string(&mut files.reader("config.json").unwrap(), &mut text).unwrap();
     assert!(text.contains("BitNetForCausalLM") && files.reader("merges.txt").is_err());
+}
+
+#[test]
+fn a_file_of_a_hub_repository_runs_from_the_cache() {
+    let cache = tempfile::tempdir().unwrap();
+    let (commit, repository) = ("0123456789abcdef0123456789abcdef01234567", "models--owner--model-gguf");
+    let root = cache.path().join(repository);
+    let snapshot = root.join("snapshots").join(commit);
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(root.join("refs")).unwrap();
+    std::fs::write(root.join("refs/main"), commit).unwrap();
+    std::fs::copy(fixture("gguf_a1").join(FILES[2]), snapshot.join("tiny.gguf")).unwrap();
+    let options = HubOptions { offline: true, cache_dir: Some(cache.path().into()), ..HubOptions::default() };
+    let files = ModelFiles::find("owner/model-gguf:tiny.gguf", &options).unwrap();
+    assert_eq!(files, ModelFiles::Gguf { path: snapshot.join("tiny.gguf"), i2s_layout: None });
+    assert!(decoder(&files, fastest()).is_ok());
 }
 
 #[test]

@@ -2,8 +2,10 @@
 //! one kind of configuration.
 
 use super::Gguf;
+use super::names::hugging_face_name;
 use super::value::Value;
-use crate::checkpoint::StoredType;
+use crate::backend::DenseType;
+use crate::checkpoint::TensorInfo;
 use crate::checkpoint::limits::{MAX_QUOTED, quoted};
 use crate::{Error, Result};
 use serde_json::{Map, Value as Json, json};
@@ -302,7 +304,7 @@ impl Gguf {
         if (head.dtype, &head.shape) != (embedding.dtype, &embedding.shape) {
             return false;
         }
-        let bytes = |t: &crate::checkpoint::TensorInfo| self.file.bytes().get(t.range.clone()).unwrap_or_default();
+        let bytes = |t: &TensorInfo| self.file.bytes().get(t.range.clone()).unwrap_or_default();
         // In pieces that do not stay in memory; two heads differ in the first one.
         bytes(head).chunks(PIECE).zip(bytes(embedding).chunks(PIECE)).enumerate().all(|(i, (a, b))| {
             let same = a == b;
@@ -314,16 +316,20 @@ impl Gguf {
         })
     }
 
-    /// Whether a linear layer's weight is stored as floating-point values without a scale.
+    /// Whether linear layers are stored as masters: floating-point values of more than one magnitude, without a scale. The
+    /// beginning of the first one tells; whatever it says, each weight is read as what it is.
     fn has_masters(&self) -> bool {
-        let linear = |t: &&crate::checkpoint::TensorInfo| {
-            super::names::hugging_face_name(&t.name).is_some_and(|n| n.ends_with("_proj.weight"))
-        };
-        let first = self.header.tensors.iter().find(linear);
-        first.is_some_and(|t| {
-            matches!(t.dtype, StoredType::F32 | StoredType::F16 | StoredType::BF16)
-                && !self.header.tensors.iter().any(|s| s.name == t.name.replace(".weight", ".scale"))
-        })
+        let linear = |t: &&TensorInfo| hugging_face_name(&t.name).is_some_and(|n| n.ends_with("_proj.weight"));
+        let Some(first) = self.header.tensors.iter().find(linear) else { return false };
+        let Some(dtype) = DenseType::from_stored(first.dtype) else { return false };
+        let scale = first.name.replace(".weight", ".scale");
+        if self.header.tensors.iter().any(|t| t.name == scale) {
+            return false;
+        }
+        let mut values = vec![0f32; SAMPLE.min(first.elements())];
+        dtype.widen(self.file.bytes().get(first.range.clone()).unwrap_or_default(), &mut values);
+        let mut magnitudes = values.into_iter().map(f32::abs).filter(|v| *v != 0.0);
+        magnitudes.next().is_some_and(|m| magnitudes.any(|v| v != m))
     }
 
     pub(super) fn unexpected<T>(&self, key: &str, found: &Value, expected: &str) -> Result<T> {
@@ -337,6 +343,9 @@ impl Gguf {
         Err(Error::config(self.path(), key, format!("{found} where {expected} is expected")))
     }
 }
+
+/// Values that tell masters from ternary weights.
+const SAMPLE: usize = 4096;
 
 /// Bytes that are compared at a time.
 const PIECE: usize = 1 << 20;
