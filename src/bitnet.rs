@@ -11,6 +11,7 @@ use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
 use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource};
 use crate::nn::KvCache;
+use crate::ternary::I2sLayout;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -32,6 +33,7 @@ pub struct LoadOptions {
     kv_dtype: DenseType,
     hub: HubOptions,
     adapter: Option<PathBuf>,
+    i2s_layout: Option<I2sLayout>,
     graphs: bool,
     progress: Option<fn(usize, usize)>,
 }
@@ -46,6 +48,7 @@ impl LoadOptions {
             kv_dtype: DenseType::F32,
             hub: HubOptions::from_env(),
             adapter: None,
+            i2s_layout: None,
             graphs: true,
             progress: None,
         }
@@ -87,6 +90,12 @@ impl LoadOptions {
         self
     }
 
+    /// Layout of the I2_S tensors of a GGUF file, which the file does not tell; by default the one of published files.
+    pub fn i2s_layout(mut self, layout: Option<I2sLayout>) -> Self {
+        self.i2s_layout = layout;
+        self
+    }
+
     /// Whether decode steps are recorded as graphs and replayed, where the device can; true by default, and without effect
     /// on results.
     pub fn graphs(mut self, graphs: bool) -> Self {
@@ -98,6 +107,10 @@ impl LoadOptions {
     pub fn on_progress(mut self, progress: fn(usize, usize)) -> Self {
         self.progress = Some(progress);
         self
+    }
+
+    fn find(&self, model: &str) -> Result<ModelFiles> {
+        ModelFiles::find(model, &self.hub)?.with_i2s_layout(self.i2s_layout)
     }
 
     fn context_for(&self, config: &ModelConfig) -> Result<usize> {
@@ -128,13 +141,13 @@ pub struct LoadedDecoder {
 }
 
 impl LoadedDecoder {
-    /// Loads a directory, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
+    /// Loads a directory, a GGUF file, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
     ///
     /// # Errors
     /// For a model that cannot be found, is malformed, is not b1.58, or does not fit this machine; each names the
     /// file and the tensor or key. The same for its adapter, if there is one.
     pub fn load(model: &str, options: &LoadOptions) -> Result<Self> {
-        Self::open(&ModelFiles::find(model, &options.hub)?, options)
+        Self::open(&options.find(model)?, options)
     }
 
     /// Loads from the files of a model.
@@ -323,12 +336,12 @@ pub struct BitNet {
 }
 
 impl BitNet {
-    /// Loads a directory, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
+    /// Loads a directory, a GGUF file, a hub id (`owner/name`, `owner/name@revision`) or the built-in model (`builtin`).
     ///
     /// # Errors
     /// As [`LoadedDecoder::load`]; for a tokenizer or generation configuration that is missing or malformed.
     pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self> {
-        let files = ModelFiles::find(model.as_ref(), &options.hub)?;
+        let files = options.find(model.as_ref())?;
         // Opening reads headers only, and shows that this is a checkpoint at all. Then the small files: a bad
         // tokenizer is reported before gigabytes are packed.
         let start = Instant::now();

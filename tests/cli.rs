@@ -16,6 +16,8 @@ mod cuda;
 mod finetune;
 #[path = "cli/generate.rs"]
 mod generate;
+#[path = "cli/gguf.rs"]
+mod gguf;
 #[path = "cli/hostile.rs"]
 mod hostile;
 #[path = "cli/logits.rs"]

@@ -1,13 +1,15 @@
-//! Where a model's files are: in a directory, or in this program.
+//! Where a model's files are: in a directory, in a GGUF file, or in this program.
 
 use super::builtin;
+use super::gguf::Gguf;
 use super::hub::{self, HubOptions};
 use super::limits::quoted;
+use crate::ternary::I2sLayout;
 use crate::{Error, Result};
 use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{Cursor, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// The name of the built-in model, wherever a model is named; a directory of this name is `./builtin`.
@@ -18,19 +20,41 @@ pub const BUILTIN: &str = "builtin";
 pub enum ModelFiles {
     /// Those of a directory.
     Directory(PathBuf),
+    /// A GGUF file. What its metadata says is there as `config.json`, `generation_config.json` and
+    /// `tokenizer_config.json`; the tokenizer itself and the weights are read from the file.
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// The layout of its I2_S tensors, which the file does not tell.
+        i2s_layout: Option<I2sLayout>,
+    },
     /// Those of the built-in model: embedded in the program, so that they are there without a network, a cache or a
     /// file system that can be written to.
     Builtin,
 }
 
 impl ModelFiles {
-    /// The files of a model: [`BUILTIN`], a directory or a hub id, which [`hub::resolve`] looks up.
+    /// The files of a model: [`BUILTIN`], a GGUF file, a directory, or a hub id, which [`hub::resolve`] looks up. A
+    /// directory without `config.json` but with one GGUF file is that file.
     ///
     /// # Errors
-    /// As [`hub::resolve`]; [`Error::Request`] for a revision of the built-in model.
+    /// As [`hub::resolve`]; [`Error::File`] for a GGUF file that is not there, [`Error::Request`] for a revision of the
+    /// built-in model.
     pub fn find(model: &str, options: &HubOptions) -> Result<Self> {
         if model != BUILTIN {
-            return hub::resolve(model, options).map(Self::Directory);
+            let path = Path::new(model);
+            // With a colon it can be a file of a hub repository.
+            if is_gguf(path) && !path.is_dir() && (path.exists() || !model.contains(':')) {
+                return match path.exists() {
+                    true => Ok(path.into()),
+                    false => Err(Error::file(path, "there is no such file")),
+                };
+            }
+            let found = hub::resolve(model, options)?;
+            return Ok(match only_gguf(&found) {
+                Some(file) => Self::from(&file),
+                None => Self::from(&found),
+            });
         }
         match &options.revision {
             None => Ok(Self::Builtin),
@@ -42,10 +66,42 @@ impl ModelFiles {
         }
     }
 
-    /// What errors call a file; also where it is, in a directory.
+    /// Sets the layout of I2_S tensors.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if this is no GGUF file.
+    pub fn with_i2s_layout(self, layout: Option<I2sLayout>) -> Result<Self> {
+        match (self, layout) {
+            (files, None) => Ok(files),
+            (Self::Gguf { path, .. }, i2s_layout) => Ok(Self::Gguf { path, i2s_layout }),
+            (files, Some(_)) => Err(Error::request("--i2s-layout", format!("{files} is no GGUF file"))),
+        }
+    }
+
+    /// The layout of I2_S tensors, if one was set.
+    pub fn i2s_layout(&self) -> Option<I2sLayout> {
+        match self {
+            Self::Gguf { i2s_layout, .. } => *i2s_layout,
+            _ => None,
+        }
+    }
+
+    /// The GGUF file, opened; `None` if this is none.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn gguf(&self) -> Result<Option<Gguf>> {
+        match self {
+            Self::Gguf { path, .. } => Gguf::open(path).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// What errors call a file; also where it is, in a directory. In a GGUF file everything has its path.
     pub fn path(&self, name: &str) -> PathBuf {
         match self {
             Self::Directory(dir) => dir.join(name),
+            Self::Gguf { path, .. } => path.clone(),
             Self::Builtin => Path::new(BUILTIN).join(name),
         }
     }
@@ -54,6 +110,7 @@ impl ModelFiles {
     pub fn contains(&self, name: &str) -> bool {
         match self {
             Self::Directory(dir) => dir.join(name).is_file(),
+            Self::Gguf { .. } => GGUF_FILES.iter().any(|(n, _)| *n == name),
             Self::Builtin => self.embedded(name).is_some(),
         }
     }
@@ -65,6 +122,16 @@ impl ModelFiles {
     pub fn read(&self, name: &str, limit: u64) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
             Self::Directory(dir) => Ok(read_bounded(&dir.join(name), limit)?.map(Cow::Owned)),
+            Self::Gguf { path, .. } => {
+                let Some((_, text)) = GGUF_FILES.iter().find(|(n, _)| *n == name) else { return Ok(None) };
+                let text = text(&Gguf::open(path)?)?;
+                match text.len() as u64 > limit {
+                    true => {
+                        Err(Error::file(path, format!("{} bytes of metadata for {name}; at most {limit}", text.len())))
+                    }
+                    false => Ok(Some(Cow::Owned(text.into_bytes()))),
+                }
+            }
             Self::Builtin => Ok(self.embedded(name).map(Cow::Borrowed)),
         }
     }
@@ -74,8 +141,10 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::Io`].
     pub fn list(&self) -> Result<Vec<(String, bool)>> {
-        let Self::Directory(dir) = self else {
-            return Ok(builtin::files().map(|(n, _)| (n.to_owned(), true)).collect());
+        let dir = match self {
+            Self::Directory(dir) => dir,
+            Self::Gguf { .. } => return Ok(GGUF_FILES.iter().map(|(n, _)| ((*n).to_owned(), true)).collect()),
+            Self::Builtin => return Ok(builtin::files().map(|(n, _)| (n.to_owned(), true)).collect()),
         };
         let entries = std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
         entries
@@ -96,6 +165,10 @@ impl ModelFiles {
         let path = self.path(name);
         match self {
             Self::Directory(_) => Ok(Box::new(File::open(&path).map_err(|e| Error::io(&path, e))?)),
+            Self::Gguf { .. } => match self.read(name, u64::MAX)? {
+                Some(bytes) => Ok(Box::new(Cursor::new(bytes))),
+                None => Err(Error::io(path, ErrorKind::NotFound.into())),
+            },
             Self::Builtin => match self.embedded(name) {
                 Some(bytes) => Ok(Box::new(bytes)),
                 None => Err(Error::io(path, ErrorKind::NotFound.into())),
@@ -106,7 +179,7 @@ impl ModelFiles {
     /// The bytes of a file of the built-in model.
     pub(super) fn embedded(&self, name: &str) -> Option<&'static [u8]> {
         match self {
-            Self::Directory(_) => None,
+            Self::Directory(_) | Self::Gguf { .. } => None,
             Self::Builtin => builtin::files().find(|(n, _)| *n == name).map(|(_, bytes)| bytes),
         }
     }
@@ -115,16 +188,44 @@ impl ModelFiles {
 impl fmt::Display for ModelFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Directory(dir) => dir.display().fmt(f),
+            Self::Directory(path) | Self::Gguf { path, .. } => path.display().fmt(f),
             Self::Builtin => f.write_str(BUILTIN),
         }
     }
 }
 
 impl<P: AsRef<Path> + ?Sized> From<&P> for ModelFiles {
-    fn from(dir: &P) -> Self {
-        Self::Directory(dir.as_ref().to_owned())
+    /// A GGUF file, if the name ends in `.gguf` and is no directory; otherwise a directory.
+    fn from(path: &P) -> Self {
+        let path = path.as_ref().to_owned();
+        match is_gguf(&path) && !path.is_dir() {
+            true => Self::Gguf { path, i2s_layout: None },
+            false => Self::Directory(path),
+        }
     }
+}
+
+/// What a GGUF file's metadata makes up for.
+type Text = fn(&Gguf) -> Result<String>;
+const GGUF_FILES: [(&str, Text); 3] = [
+    ("config.json", Gguf::config_json),
+    ("generation_config.json", Gguf::generation_json),
+    ("tokenizer_config.json", Gguf::tokenizer_config_json),
+];
+
+/// Whether a name ends in `.gguf`.
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+}
+
+/// The GGUF file of a directory that holds one and no `config.json`.
+fn only_gguf(dir: &Path) -> Option<PathBuf> {
+    if dir.join("config.json").exists() {
+        return None;
+    }
+    let mut found = std::fs::read_dir(dir).ok()?.filter_map(|e| Some(e.ok()?.path())).filter(|p| is_gguf(p));
+    let only = found.next()?;
+    found.next().is_none().then_some(only)
 }
 
 impl From<&ModelFiles> for ModelFiles {

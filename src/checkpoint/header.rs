@@ -219,7 +219,8 @@ impl Entry {
         let absolute = |at: u64| usize::try_from(at).ok()?.checked_add(data_start).filter(|at| *at <= file_len);
         match (absolute(begin), absolute(end)) {
             (Some(begin), Some(end)) => {
-                Ok(TensorInfo { name: name.to_owned(), dtype: self.dtype, shape, file: 0, range: begin..end })
+                let (name, dtype, range) = (name.to_owned(), self.dtype, begin..end);
+                Ok(TensorInfo { name, stored_name: None, dtype, shape, file: 0, range })
             }
             _ => Err(format!(
                 "data_offsets [{begin}, {end}] run past the end of the file ({} bytes of data): truncated?",

@@ -24,6 +24,21 @@ pub const MAX_SHARDS: usize = 1024;
 /// Values (scalars, lists and objects) under the known keys of a configuration file.
 pub const MAX_CONFIG_VALUES: usize = 8192;
 
+/// Bytes of a GGUF file before its tensors. 128k tokens and 280k merges take 8 MB.
+pub const MAX_GGUF_HEADER_SIZE: usize = 128 << 20;
+
+/// Metadata entries of a GGUF file; published ones have some dozens.
+pub const MAX_GGUF_METADATA: usize = 4096;
+
+/// Bytes of a metadata key.
+pub const MAX_GGUF_KEY_LENGTH: usize = 1024;
+
+/// Arrays inside each other; none is known to be nested at all.
+pub const MAX_GGUF_ARRAY_DEPTH: usize = 4;
+
+/// Bytes that a GGUF file may align its tensors to.
+pub const MAX_GGUF_ALIGNMENT: usize = 1 << 16;
+
 /// Bytes of untrusted text that an error message repeats.
 pub(crate) const MAX_QUOTED: usize = 200;
 

@@ -38,7 +38,9 @@ impl Checkpoint {
     ///   `integrations/bitnet.py`);
     /// - `{base}.weight` F32, F16 or BF16 `[rows, cols]` with `{base}.weight_scale`: the same, unpacked, every
     ///   value −1, 0 or 1;
-    /// - `{base}.weight` F32, F16 or BF16 `[rows, cols]` alone: dense.
+    /// - `{base}.weight` F32, F16 or BF16 `[rows, cols]` alone: dense;
+    /// - in a GGUF file `{base}.weight` I2_S, TQ1_0, TQ2_0, or floating-point values −m, 0 and m, with or without a
+    ///   `{base}.weight_scale`, which multiplies whatever `style` says.
     ///
     /// A scale is one finite, positive, normal number: it stands for `mean|W|` or its inverse. Pages that were
     /// decoded are released, so that no weight is resident twice.
@@ -49,6 +51,9 @@ impl Checkpoint {
     pub fn linear(&self, base: &str, rows: usize, cols: usize, style: ScaleStyle) -> Result<LinearWeight> {
         if let Some(bias) = self.tensor(&format!("{base}.bias")) {
             return Err(bias.error("linear layers with a bias are not supported"));
+        }
+        if let Some(rules) = self.gguf_rules() {
+            return self.gguf_linear(rules, base, rows, cols);
         }
         let name = format!("{base}.weight");
         let scale_name = format!("{base}.weight_scale");
@@ -64,7 +69,7 @@ impl Checkpoint {
         }
     }
 
-    fn scale(&self, view: &TensorView, style: ScaleStyle) -> Result<Scale> {
+    pub(super) fn scale(&self, view: &TensorView, style: ScaleStyle) -> Result<Scale> {
         if view.info.elements() != 1 {
             return Err(view.error(format!("shape {:?} where one number is expected", view.info.shape)));
         }

@@ -1,13 +1,14 @@
-//! Opens checkpoints: local directories and hub repositories of safetensors, and the built-in model, validated before
-//! anything is allocated for them.
+//! Opens checkpoints: local directories and hub repositories of safetensors, GGUF files, and the built-in model,
+//! validated before anything is allocated for them.
 //!
-//! A checkpoint is untrusted input. [`header`] checks every length and offset of a file against its size,
+//! A checkpoint is untrusted input. [`header`] and [`gguf::Header`] check every length and offset of a file against its size,
 //! [`limits`] names the limits, and errors name the file and the tensor. SECURITY.md says what is promised.
 
 pub mod adapter;
 mod builtin;
 mod dense;
 mod files;
+pub mod gguf;
 pub mod header;
 pub mod hub;
 pub mod index;

@@ -1,5 +1,6 @@
 //! A model's files as a set of mapped, checked tensors.
 
+use super::gguf::{Gguf, Rules, gguf_name};
 use super::limits::{MAX_CONFIG_SIZE, MAX_TENSORS};
 use super::{DenseView, ModelFiles, StoredType, TensorInfo, TensorView, header, index};
 use crate::backend::DenseType;
@@ -17,7 +18,8 @@ pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Name of a checkpoint's configuration.
 pub(super) const CONFIG_FILE: &str = "config.json";
 
-/// An open checkpoint: `config.json` and the tensors of one or several memory-mapped safetensors files.
+/// An open checkpoint: `config.json` and the tensors of one or several memory-mapped safetensors files, or a GGUF file
+/// in the same terms.
 ///
 /// Nothing is copied when it is opened; tensors are read on demand, from any thread.
 #[derive(Debug)]
@@ -30,20 +32,33 @@ pub struct Checkpoint {
     tensors: Vec<TensorInfo>,
     /// The file that lists the tensors: the index, or the only file. Named when a tensor is missing.
     listing: PathBuf,
+    /// How a GGUF file's weights are read.
+    gguf: Option<Rules>,
 }
 
 impl Checkpoint {
     /// Opens a directory that holds `config.json` and `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` lists, or exactly one other `*.safetensors` file; or the built-in model.
+    /// `model.safetensors.index.json` lists, or exactly one other `*.safetensors` file; a GGUF file, whose tensors get the
+    /// names of Hugging Face's checkpoints; or the built-in model.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::File`] or [`Error::Tensor`], naming the file, for anything missing, malformed,
-    /// truncated or contradictory. See [`header::parse`] and [`super::limits`].
+    /// [`Error::Io`], [`Error::File`], [`Error::Tensor`] or (GGUF) [`Error::Config`], naming the file, for anything missing,
+    /// malformed, truncated or contradictory. See [`header::parse`], [`super::gguf::Header::parse`] and [`super::limits`].
     pub fn open(files: impl Into<ModelFiles>) -> Result<Self> {
         match files.into() {
             ModelFiles::Directory(dir) => Self::open_dir(dir),
+            source @ ModelFiles::Gguf { .. } => Self::open_gguf(source),
             source @ ModelFiles::Builtin => Self::open_embedded(source),
         }
+    }
+
+    fn open_gguf(source: ModelFiles) -> Result<Self> {
+        let (path, layout) = (source.path(CONFIG_FILE), source.i2s_layout());
+        let gguf = Gguf::open(&path)?;
+        let rules = Rules::of(&gguf, layout)?;
+        let (config, tensors) = (gguf.config_json()?, gguf.renamed()?);
+        let files = vec![Arc::clone(gguf.file())];
+        Ok(Self { source, config_path: path.clone(), config, files, tensors, listing: path, gguf: Some(rules) })
     }
 
     fn open_embedded(source: ModelFiles) -> Result<Self> {
@@ -54,7 +69,7 @@ impl Checkpoint {
         let file = MappedFile::embedded(&listing, bytes(SINGLE_FILE));
         let tensors = header::parse(&listing, file.bytes())?;
         let (config, files) = (config.to_owned(), vec![Arc::new(file)]);
-        Ok(Self { source, config_path, config, files, tensors, listing })
+        Ok(Self { source, config_path, config, files, tensors, listing, gguf: None })
     }
 
     fn open_dir(dir: PathBuf) -> Result<Self> {
@@ -83,7 +98,8 @@ impl Checkpoint {
         } else {
             open_single(only_safetensors(dir)?)?
         };
-        Ok(Self { source: dir.into(), config_path, config, files, tensors, listing })
+        let source = ModelFiles::Directory(dir.to_owned());
+        Ok(Self { source, config_path, config, files, tensors, listing, gguf: None })
     }
 
     /// What was opened.
@@ -91,7 +107,16 @@ impl Checkpoint {
         &self.source
     }
 
-    /// Path and text of `config.json`.
+    /// Whether this is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        self.gguf.is_some()
+    }
+
+    pub(super) fn gguf_rules(&self) -> Option<&Rules> {
+        self.gguf.as_ref()
+    }
+
+    /// Path and text of `config.json`; of a GGUF file its own, and its metadata in the terms of config.json.
     pub fn config(&self) -> (&Path, &str) {
         (&self.config_path, &self.config)
     }
@@ -128,8 +153,11 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] if it is not.
     pub fn require(&self, name: &str) -> Result<TensorView<'_>> {
-        self.tensor(name)
-            .ok_or_else(|| Error::tensor(&self.listing, name, "missing, although the configuration calls for it"))
+        self.tensor(name).ok_or_else(|| {
+            let stored = self.gguf.and_then(|_| gguf_name(name));
+            let name = stored.as_deref().unwrap_or(name);
+            Error::tensor(&self.listing, name, "missing, although the configuration calls for it")
+        })
     }
 
     /// A dense matrix `[rows, cols]` of F32, F16 or BF16; its values stay in the file.
@@ -170,7 +198,7 @@ impl Checkpoint {
 impl TensorView<'_> {
     /// An error that names this tensor and its file.
     pub(crate) fn error(&self, reason: impl Into<String>) -> Error {
-        Error::tensor(self.file.path(), &self.info.name, reason)
+        Error::tensor(self.file.path(), self.stored_name(), reason)
     }
 
     /// All values as f32.

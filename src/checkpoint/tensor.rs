@@ -1,11 +1,12 @@
 //! What a file says about a tensor, and its bytes.
 
+use super::gguf::GgmlType;
 use crate::backend::host::MappedFile;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Element type of a stored tensor, as safetensors names it.
+/// Element type of a stored tensor, as safetensors names it, or ggml's block types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum StoredType {
@@ -22,6 +23,8 @@ pub enum StoredType {
     BF16,
     F32,
     F64,
+    /// A type of GGUF files alone.
+    Ggml(GgmlType),
 }
 
 impl StoredType {
@@ -46,14 +49,36 @@ impl StoredType {
         Self::ALL.iter().find(|(_, n, _)| *n == name).map(|(t, ..)| *t)
     }
 
-    /// safetensors' name.
+    /// safetensors' name, or ggml's.
     pub fn name(self) -> &'static str {
+        if let Self::Ggml(block) = self {
+            return block.name();
+        }
         Self::ALL.iter().find(|(t, ..)| *t == self).map_or("", |(_, n, _)| n)
     }
 
-    /// Bytes of one element.
+    /// Bytes of one element, or of one of ggml's blocks.
     pub fn size(self) -> usize {
+        if let Self::Ggml(block) = self {
+            return block.block_bytes();
+        }
         Self::ALL.iter().find(|(t, ..)| *t == self).map_or(1, |(.., size)| *size)
+    }
+
+    /// Bytes of a tensor of this shape, outermost dimension first.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub(crate) fn bytes_of(self, shape: &[usize]) -> Result<usize, String> {
+        let overflow = || format!("the size of shape {shape:?} overflows");
+        let product = |dims: &[usize]| dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).ok_or_else(overflow);
+        match self {
+            Self::Ggml(block) => {
+                let (cols, outer) = shape.split_last().unwrap_or((&1, &[]));
+                block.bytes(product(outer)?, *cols)
+            }
+            plain => product(shape)?.checked_mul(plain.size()).ok_or_else(overflow),
+        }
     }
 }
 
@@ -66,8 +91,10 @@ impl fmt::Display for StoredType {
 /// One tensor as its file's header describes it; checked against the file's size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Name, printable ASCII.
+    /// Name, printable ASCII: the one of Hugging Face's checkpoints, where a GGUF file's tensor has one.
     pub name: String,
+    /// The name in the file, where it is another.
+    pub stored_name: Option<String>,
     /// Element type.
     pub dtype: StoredType,
     /// Shape, outermost first; empty for a scalar.
@@ -81,7 +108,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Elements. The header check proved that the product fits.
     pub fn elements(&self) -> usize {
-        self.range.len() / self.dtype.size()
+        self.shape.iter().product()
     }
 }
 
@@ -95,6 +122,11 @@ pub struct TensorView<'a> {
 }
 
 impl<'a> TensorView<'a> {
+    /// The tensor's name in its file.
+    pub fn stored_name(&self) -> &'a str {
+        self.info.stored_name.as_deref().unwrap_or(&self.info.name)
+    }
+
     /// The elements' bytes, little-endian, row-major; not necessarily aligned to the element type.
     pub fn bytes(&self) -> &'a [u8] {
         // The range was checked against the mapping when the checkpoint was opened.

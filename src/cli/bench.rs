@@ -6,12 +6,13 @@ mod prompts;
 mod report;
 mod spread;
 
-use super::model_args::{HubArgs, RunArgs, warn_of_no_replay, warn_of_other_base};
+use super::model_args::{HubArgs, RunArgs, parse, warn_of_no_replay, warn_of_other_base};
 use super::print;
 use anyhow::Result;
 use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
 use candle_bitnet::model::config::{MAX_POSITIONS, ModelConfig};
 use candle_bitnet::model::presets::Preset;
+use candle_bitnet::ternary::I2sLayout;
 use candle_bitnet::{BitNet, Error, LoadedDecoder};
 use measure::{Plan, measure};
 use std::path::PathBuf;
@@ -30,9 +31,13 @@ const MAX_BATCH: usize = 32;
 /// --prompts runs real prompts through a model.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
     #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
     model: String,
+
+    /// Order of the codes in I2_S tensors of a GGUF file: 128, 64 or rows [default: 128]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>, conflicts_with = "synthetic")]
+    i2s_layout: Option<I2sLayout>,
 
     /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
     #[arg(long, value_name = "PRESET", conflicts_with_all = ["model", "prompts"])]
@@ -91,6 +96,7 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     let mut options = args.run.options()?.hub(args.hub.options()).adapter(args.adapter.clone());
+    options = options.i2s_layout(args.i2s_layout);
     if let Some(file) = &args.prompts {
         let list = prompts::read(file)?;
         let mut loaded = BitNet::load(&args.model, options)?;
@@ -99,7 +105,10 @@ pub fn run(args: Args) -> Result<()> {
     }
     let source = match &args.synthetic {
         Some(preset) => Source::Preset(preset),
-        None => Source::Files(ModelFiles::find(&args.model, &args.hub.options())?),
+        None => {
+            let files = ModelFiles::find(&args.model, &args.hub.options())?;
+            Source::Files(files.with_i2s_layout(args.i2s_layout)?)
+        }
     };
     let positions = source.positions()?;
     let (pp, tg) = lengths(&args, args.run.context.map_or(positions, |n| n.min(positions)));

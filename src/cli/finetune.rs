@@ -112,7 +112,9 @@ impl Test<'_> {
         let options = LoadOptions::new(self.device).threads(Some(self.threads)).adapter(adapter.map(Path::to_owned));
         let context = self.prompt.len() + TEST_TOKENS;
         let mut model = match model {
-            ModelFiles::Directory(dir) => BitNet::load(dir.to_string_lossy(), options)?,
+            ModelFiles::Directory(path) | ModelFiles::Gguf { path, .. } => {
+                BitNet::load(path.to_string_lossy(), options.i2s_layout(model.i2s_layout()))?
+            }
             ModelFiles::Builtin => BitNet::load(BUILTIN, options)?,
         };
         let room = model.decoder().context();

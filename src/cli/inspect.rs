@@ -2,17 +2,18 @@
 
 mod report;
 
-use super::model_args::HubArgs;
+use super::model_args::{HubArgs, parse};
 use super::print;
 use anyhow::Result;
 use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
+use candle_bitnet::ternary::I2sLayout;
 use clap::Args as ClapArgs;
 use report::Report;
 
 /// Show what a checkpoint holds and what it will occupy
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin [default: builtin]
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin [default: builtin]
     #[arg(value_name = "MODEL")]
     pub model: Option<String>,
 
@@ -28,6 +29,10 @@ pub struct Args {
     #[arg(long)]
     pub tensors: bool,
 
+    /// Order of the codes in I2_S tensors of a GGUF file: 128, 64 or rows [default: 128]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
+    pub i2s_layout: Option<I2sLayout>,
+
     #[command(flatten)]
     pub hub: HubArgs,
 }
@@ -35,7 +40,8 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let model = args.model.or(args.model_flag).unwrap_or_else(|| BUILTIN.into());
-    let checkpoint = Checkpoint::open(ModelFiles::find(&model, &args.hub.options())?)?;
+    let files = ModelFiles::find(&model, &args.hub.options())?.with_i2s_layout(args.i2s_layout)?;
+    let checkpoint = Checkpoint::open(&files)?;
     let report = Report::of(&checkpoint, args.tensors)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report)?,

@@ -7,6 +7,7 @@ use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::BUILTIN;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::model::Decoder;
+use candle_bitnet::ternary::I2sLayout;
 use candle_bitnet::{AdapterReport, BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -106,9 +107,13 @@ impl HubArgs {
 /// Which model, and how to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin
+    /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
     #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
     pub model: String,
+
+    /// Order of the codes in I2_S tensors of a GGUF file, which the file does not tell: 128, 64 or rows [default: 128]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
+    pub i2s_layout: Option<I2sLayout>,
 
     /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
     #[arg(long, value_name = "DIR")]
@@ -123,7 +128,8 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     fn options(&self) -> Result<LoadOptions> {
-        Ok(self.run.options()?.hub(self.hub.options()).adapter(self.adapter.clone()))
+        let options = self.run.options()?.hub(self.hub.options());
+        Ok(options.adapter(self.adapter.clone()).i2s_layout(self.i2s_layout))
     }
 
     /// Loads the model with its text tools, and says on a terminal what was decided.

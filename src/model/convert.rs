@@ -19,7 +19,7 @@ use super::config::{Mode, ModelConfig, Projection};
 use crate::Result;
 use crate::backend::DenseType;
 use crate::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
-use crate::checkpoint::{Checkpoint, ModelFiles, ScaleStyle, StoredType, TensorView};
+use crate::checkpoint::{Checkpoint, LinearWeight, ModelFiles, ScaleStyle, StoredType, TensorView};
 use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
 use half::bf16;
 use masters::Recipe;
@@ -116,9 +116,17 @@ impl Model {
     }
 
     /// Whether a projection is stored as codes and a scale rather than as masters.
-    fn has_codes(&self, name: &str) -> bool {
+    fn has_codes(&self, name: &str) -> Result<bool> {
         let has_scale = self.checkpoint.contains(&format!("{name}.weight_scale"));
-        has_scale || self.config.quantization.mode == Mode::Dequantized
+        if has_scale || self.config.quantization.mode == Mode::Dequantized || !self.checkpoint.is_gguf() {
+            return Ok(has_scale || self.config.quantization.mode == Mode::Dequantized);
+        }
+        // A GGUF file's types keep the scale beside the codes.
+        let style = self.config.quantization.scale_style;
+        Ok(match self.checkpoint.require(&format!("{name}.weight"))?.info.shape[..] {
+            [rows, cols] => matches!(self.checkpoint.linear(name, rows, cols, style)?, LinearWeight::Ternary(_)),
+            _ => false,
+        })
     }
 
     fn weights(&self) -> Result<CheckpointWeights<'_>> {
@@ -161,10 +169,10 @@ fn plan(model: &Model, form: Form, tracker: &Tracker) -> Result<Vec<Matrix>> {
     for (layer, which, name) in linears(config) {
         let Some(packed) = weights.ternary(layer, which)? else { continue };
         let weight = checkpoint.require(&format!("{name}.weight"))?;
-        let has_scale = model.has_codes(&name);
+        let has_codes = model.has_codes(&name)?;
         let store = match form {
             Form::Packed(style) => Store::Packed(packed_scale(&weight, &packed, style)?),
-            Form::Masters if has_scale => match Recipe::new(packed.histogram(), packed.scale()) {
+            Form::Masters if has_codes => match Recipe::new(packed.histogram(), packed.scale()) {
                 Some(recipe) => Store::Masters(recipe),
                 None => {
                     let m = packed.scale().multiplier();

@@ -5,6 +5,7 @@ use super::presets::SyntheticWeights;
 use super::ternary_of;
 use crate::backend::{Backend, DenseType, DenseWeight};
 use crate::checkpoint::adapter::{Adapter, tensor_names};
+use crate::checkpoint::gguf::DenseMatrix;
 use crate::checkpoint::{self, Checkpoint};
 use crate::nn::{LinearWeight, LowRank};
 use crate::ternary::PackedTernary;
@@ -56,7 +57,7 @@ impl<'a> CheckpointWeights<'a> {
         match config.unexplained(checkpoint.names()).first() {
             None => Ok(Self { checkpoint, config }),
             Some(name) => {
-                let reason = "config.json gives it no meaning, so the model would run without it and be wrong; \
+                let reason = "its configuration gives it no meaning, so the model would run without it and be wrong; \
                               this is not one of the supported b1.58 families";
                 match checkpoint.tensor(name) {
                     Some(t) => Err(t.error(reason)),
@@ -86,8 +87,16 @@ impl<'a> CheckpointWeights<'a> {
     }
 
     fn view(&self, backend: &Backend, name: &str, rows: usize, cols: usize) -> Result<DenseWeight> {
-        let view = self.checkpoint.dense(name, rows, cols)?;
-        backend.dense_mapped(view.dtype, rows, cols, view.file.clone(), view.range.clone())
+        match self.checkpoint.matrix(name, rows, cols)? {
+            DenseMatrix::Values(view) => {
+                backend.dense_mapped(view.dtype, rows, cols, view.file.clone(), view.range.clone())
+            }
+            DenseMatrix::Blocks(blocks) => {
+                let mut widened = Ok(());
+                let weight = backend.dense_filled(DenseType::BF16, rows, cols, |out| widened = blocks.to_bf16(out))?;
+                widened.map(|()| weight)
+            }
+        }
     }
 }
 

@@ -6,9 +6,13 @@
 
 mod activation;
 mod hf;
+mod i2s;
 mod packed;
+mod planes;
+mod tq;
 
 pub use activation::{ACTIVATION_MAX, MIN_ABSMAX, quantize_activations, round_half_even};
+pub use i2s::I2sLayout;
 pub use packed::{CODES_PER_BYTE, PackedTernary, Scale, absmean_scale};
 
 /// Transposes the 4×4 matrix of 2-bit elements held in `x` (byte = row, bit pair = column).

@@ -231,6 +231,22 @@ impl PackedTernary {
         (0..self.rows * self.cols).map(at).collect()
     }
 
+    /// The same codes with another scale.
+    #[must_use]
+    pub fn with_scale(self, scale: Scale) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// The rows in another order: row `i` of the result is row `source(i)`.
+    ///
+    /// # Panics
+    /// If `source` names a row that is not there.
+    #[must_use]
+    pub fn with_rows(self, source: impl Fn(usize) -> usize) -> Self {
+        let codes = (0..self.rows).flat_map(|i| self.row(source(i))).copied().collect();
+        Self { codes, ..self }
+    }
+
     /// Counts of the weights −1, 0 and 1.
     pub fn histogram(&self) -> [usize; 3] {
         let ones = |mask: u8| self.codes.iter().map(|b| (b & mask).count_ones() as usize).sum::<usize>();

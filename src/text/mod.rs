@@ -1,6 +1,7 @@
 //! Tokens and text: the tokenizer, decoding that streams without breaking a character, and chat templates.
 
 mod clock;
+mod gguf;
 mod incremental;
 mod json;
 pub mod sentencepiece;

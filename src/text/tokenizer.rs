@@ -42,13 +42,18 @@ impl Tokenizer {
         Self::open(&dir.as_ref().into())
     }
 
-    /// Loads a model's `tokenizer.json`, or else its SentencePiece `tokenizer.model`, with the special tokens named by `tokenizer_config.json`, or by
-    /// `special_tokens_map.json` where the former has none.
+    /// Loads a model's `tokenizer.json`, or else its SentencePiece `tokenizer.model`, with the special tokens named by
+    /// `tokenizer_config.json`, or by `special_tokens_map.json` where the former has none; or the tokenizer in a GGUF file.
     ///
     /// # Errors
+    /// [`Error::Config`] naming the metadata key of a GGUF file;
     /// [`Error::File`] or [`Error::Io`] naming the file, if one is missing, larger than [`MAX_TOKENIZER_BYTES`], or not
     /// what it should be.
     pub fn open(files: &ModelFiles) -> Result<Self> {
+        if let Some(gguf) = files.gguf()? {
+            let built = guard(|| Ok(super::gguf::tokenizer(&gguf)));
+            return built.map_err(|reason| Error::file(gguf.path(), reason))?;
+        }
         let mut special = special_tokens(read_json(files, "tokenizer_config.json")?.as_ref());
         for (key, text) in special_tokens(read_json(files, "special_tokens_map.json")?.as_ref()) {
             if !special.iter().any(|(k, _)| *k == key) {

@@ -303,7 +303,7 @@ impl Finetune {
         for name in Companions::of(base)?.copied {
             let (from, to) = (base.path(&name), dir.join(&name));
             let mut bytes = Vec::new();
-            base.reader(&name)?.read_to_end(&mut bytes).map_err(|e| Error::io(&from, e))?;
+            Companions::reader(base, &name)?.read_to_end(&mut bytes).map_err(|e| Error::io(&from, e))?;
             if std::fs::read(&to).ok().as_ref() != Some(&bytes) {
                 std::fs::write(&to, bytes).map_err(|e| Error::io(&to, e))?;
             }
@@ -320,7 +320,8 @@ fn refuse_packed(checkpoint: &Checkpoint, config: &ModelConfig, model: &str) -> 
     let packed = |(name, ..): &(String, usize, usize)| {
         let weight = checkpoint.tensor(&format!("{name}.weight"));
         config.is_converted(name)
-            && (checkpoint.contains(&format!("{name}.weight_scale"))
+            && (checkpoint.is_gguf()
+                || checkpoint.contains(&format!("{name}.weight_scale"))
                 || weight.is_some_and(|w| w.info.dtype == StoredType::U8))
     };
     if !names.collect::<Vec<_>>().iter().any(packed) {

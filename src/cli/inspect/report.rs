@@ -1,10 +1,13 @@
 //! What `bitnet inspect` finds out.
 
+mod gguf;
+
 use candle_bitnet::Result;
 use candle_bitnet::checkpoint::{Checkpoint, LinearWeight, ScaleStyle};
 use candle_bitnet::model::config::{Mode, ModelConfig, Projection};
 use candle_bitnet::model::ternary_of;
 use candle_bitnet::ternary::PackedTernary;
+use gguf::GgufReport;
 use indicatif::HumanBytes;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -38,6 +41,8 @@ pub(super) struct Report {
     parameters: u64,
     ternary_parameters: u64,
     files: Vec<FileReport>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gguf: Option<GgufReport>,
     tensors: usize,
     stored_bytes: BTreeMap<&'static str, u64>,
     projections: Vec<ProjectionReport>,
@@ -57,6 +62,9 @@ struct FileReport {
 #[derive(Debug, Serialize)]
 struct TensorReport {
     name: String,
+    /// The name in a GGUF file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stored_name: Option<String>,
     dtype: &'static str,
     shape: Vec<usize>,
     bytes: u64,
@@ -145,11 +153,14 @@ impl Report {
                 }
             }
         }
-        let embedding = checkpoint.dense("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+        let matrix = |name| checkpoint.matrix(name, config.vocab_size, config.hidden_size);
+        let embedding_bytes = matrix("model.embed_tokens.weight")?.resident_bytes() as u64;
         let head_bytes = match config.tied_embeddings {
             true => 0,
-            false => checkpoint.dense("lm_head.weight", config.vocab_size, config.hidden_size)?.range.len() as u64,
+            false => matrix("lm_head.weight")?.resident_bytes() as u64,
         };
+        let gguf = checkpoint.source().gguf()?.map(|file| GgufReport::of(&file, checkpoint)).transpose()?;
+        gguf.iter().for_each(|g| g.remarks(&mut warnings));
 
         let projections: Vec<_> = Projection::ALL.iter().map(|p| ProjectionReport::of(&config, *p, &linears)).collect();
         for (projection, which) in projections.iter().zip(Projection::ALL) {
@@ -160,7 +171,7 @@ impl Report {
         let kv = 2 * config.num_layers as u64 * config.kv_size() as u64;
         let mut resident = Resident {
             ternary_bytes: ternary(|t| t.resident),
-            embedding_bytes: embedding.range.len() as u64,
+            embedding_bytes,
             head_bytes,
             dense_linear_bytes: dense,
             norm_bytes,
@@ -169,7 +180,7 @@ impl Report {
             kv_bytes_per_position_bf16: 2 * kv,
             kv_bytes_per_position_f16: 2 * kv,
         };
-        resident.total_bytes = resident.ternary_bytes + resident.embedding_bytes + head_bytes + dense + norm_bytes;
+        resident.total_bytes = resident.ternary_bytes + embedding_bytes + head_bytes + dense + norm_bytes;
 
         let mut stored_bytes = BTreeMap::new();
         for t in checkpoint.tensors() {
@@ -205,6 +216,7 @@ impl Report {
             parameters: config.parameters(),
             ternary_parameters: ternary(|t| t.histogram.iter().sum::<usize>() as u64),
             files: checkpoint.files().iter().enumerate().map(file).collect(),
+            gguf,
             tensors: checkpoint.tensors().len(),
             stored_bytes,
             projections,
@@ -226,6 +238,7 @@ fn file_report(checkpoint: &Checkpoint, index: usize, file: &candle_bitnet::back
 fn tensor_list(checkpoint: &Checkpoint) -> Vec<TensorReport> {
     let report = |t: &candle_bitnet::checkpoint::TensorInfo| TensorReport {
         name: t.name.clone(),
+        stored_name: t.stored_name.clone(),
         dtype: t.dtype.name(),
         shape: t.shape.clone(),
         bytes: t.range.len() as u64,
@@ -349,6 +362,9 @@ impl fmt::Display for Report {
         for file in &self.files {
             writeln!(f, "                {} ({}, {} tensors)", file.path, bytes(file.bytes), file.tensors)?;
         }
+        if let Some(gguf) = &self.gguf {
+            write!(f, "{gguf}")?;
+        }
         writeln!(
             f,
             "\nprojection          shape           layers  stored      bits/weight  zeros   scale (median, range)"
@@ -396,7 +412,8 @@ impl fmt::Display for Report {
             if i == 0 {
                 writeln!(f)?;
             }
-            writeln!(f, "{:60} {:5} {:18} {}", t.name, t.dtype, format!("{:?}", t.shape), bytes(t.bytes))?;
+            let name = t.stored_name.as_deref().unwrap_or(&t.name);
+            writeln!(f, "{name:60} {:7} {:18} {}", t.dtype, format!("{:?}", t.shape), bytes(t.bytes))?;
         }
         Ok(())
     }

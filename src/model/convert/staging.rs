@@ -2,11 +2,15 @@
 
 use crate::checkpoint::ModelFiles;
 use crate::checkpoint::write::check_target;
+use crate::text::Tokenizer;
 use crate::{Error, Result};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
+
+/// What a tokenizer is written as.
+const TOKENIZER: &str = "tokenizer.json";
 
 /// A hidden directory inside the target, so on its file system; removed with all it holds unless it is committed. A
 /// process that is killed leaves it behind, and nothing that could be taken for a checkpoint.
@@ -35,7 +39,7 @@ impl Staging {
 
     /// Copies a regular file, following links: the hub's cache is made of them.
     pub fn copy(&self, from: &ModelFiles, name: &str) -> Result<()> {
-        let mut source = from.reader(name)?;
+        let mut source = Companions::reader(from, name)?;
         let path = self.dir().join(name);
         let copied = File::create(&path).and_then(|mut file| {
             io::copy(&mut source, &mut file)?;
@@ -107,9 +111,24 @@ impl Companions {
             let list = if regular && goes_along(&name) { &mut found.copied } else { &mut found.left };
             list.push(name);
         }
+        if source.gguf()?.is_some_and(|file| file.tokens().is_some()) {
+            found.copied.push(TOKENIZER.to_owned());
+        }
         found.copied.sort();
         found.left.sort();
         Ok(found)
+    }
+}
+
+impl Companions {
+    /// A reader of one of the files to copy. A GGUF file's tokenizer is none, and becomes one.
+    pub fn reader(source: &ModelFiles, name: &str) -> Result<Box<dyn io::Read>> {
+        match source {
+            ModelFiles::Gguf { .. } if name == TOKENIZER => {
+                Ok(Box::new(io::Cursor::new(Tokenizer::open(source)?.to_json()?)))
+            }
+            _ => source.reader(name),
+        }
     }
 }
 

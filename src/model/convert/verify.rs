@@ -61,7 +61,7 @@ pub(super) fn compare(source: &Model, target: &Model, tracker: &Tracker) -> Resu
         }
         verified.matrices += 1;
         let stored = ["weight", "weight_scale"].map(|part| format!("{name}.{part}"));
-        if !source.has_codes(&name) && !target.has_codes(&name) {
+        if !source.has_codes(&name)? && !target.has_codes(&name)? {
             same_bytes(&source.checkpoint.require(&stored[0])?, &weight, tracker)?;
         } else {
             let sizes = stored.iter().filter_map(|part| target.checkpoint.tensor(part)).map(|t| t.bytes().len() as u64);
