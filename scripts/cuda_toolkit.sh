@@ -4,7 +4,7 @@
 #   eval "$(scripts/cuda_toolkit.sh DIR)" && cargo build --release --features cuda
 # A second run installs nothing. CUDA_COMPUTE_CAP: the chip that candle's own kernels are compiled for (default 90; this
 # project's are compiled for all). PYTHON: a Python with pip (default python3).
-# What is built needs a driver to start. Where there is none, the stand-in says "no device" to every call:
+# What is built needs these libraries to start, and a GPU and its driver to use it. The stand-in says "no device" to every call:
 #   LD_LIBRARY_PATH=$CUDA_HOME/lib:$CUDA_HOME/lib/stubs bitnet ...
 set -euo pipefail
 packages="nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96

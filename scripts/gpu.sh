@@ -128,8 +128,10 @@ find_libraries() {
         while read -r dir; do candidates+=("$dir"); done < <(find -L "$site" -maxdepth 4 -name 'lib*.so.*' -printf '%h\n' | sort -u)
     done
     export LD_LIBRARY_PATH="${GPU_LIBRARIES:-}${GPU_LIBRARIES:+${LD_LIBRARY_PATH:+:}}${LD_LIBRARY_PATH:-}"
+    local driver="libcuda.so.1" # loaded by name when needed, so ldd does not list it
+    [[ "$(ldconfig -p 2>/dev/null)" != *"$driver"* ]] || driver=""
     for _ in 1 2 3; do # a library found may need others
-        for name in $(ldd bin/bitnet bin/kernel_bench | awk '/not found/ { print $1 }' | sort -u); do
+        for name in $driver $(ldd bin/bitnet bin/kernel_bench | awk '/not found/ { print $1 }' | sort -u); do
             for dir in "${candidates[@]}"; do
                 if [ -e "$dir/$name" ]; then
                     case ":$LD_LIBRARY_PATH:" in *":$dir:"*) ;; *) LD_LIBRARY_PATH+="${LD_LIBRARY_PATH:+:}$dir" ;; esac
