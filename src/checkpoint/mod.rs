@@ -16,6 +16,7 @@ pub(crate) mod json;
 pub mod limits;
 mod linear;
 mod open;
+mod recode;
 mod tensor;
 pub mod write;
 

@@ -311,4 +311,13 @@ impl DenseType {
             _ => None,
         }
     }
+
+    /// The stored type of the same values.
+    pub fn stored(self) -> StoredType {
+        match self {
+            Self::F32 => StoredType::F32,
+            Self::F16 => StoredType::F16,
+            Self::BF16 => StoredType::BF16,
+        }
+    }
 }

@@ -65,6 +65,11 @@ impl StoredType {
         Self::ALL.iter().find(|(t, ..)| *t == self).map_or(1, |(.., size)| *size)
     }
 
+    /// Whether this is one of ggml's block types for dense values.
+    pub fn is_dense_block(self) -> bool {
+        matches!(self, Self::Ggml(block) if block.candle().is_some())
+    }
+
     /// Bytes of a tensor of this shape, outermost dimension first.
     ///
     /// # Errors

@@ -72,11 +72,33 @@ impl<'a> Entry<'a> {
         if self.shape.len() > MAX_DIMS {
             return Err(bad(format!("{} dimensions; at most {MAX_DIMS} can be written", self.shape.len())));
         }
-        self.shape
-            .iter()
-            .try_fold(self.dtype.size(), |n, d| n.checked_mul(*d))
-            .map(|n| n as u64)
-            .ok_or_else(|| bad(format!("the size of shape {:?} overflows", self.shape)))
+        if let StoredType::Ggml(dtype) = self.dtype {
+            return Err(bad(format!("safetensors has no type {dtype}")));
+        }
+        self.bytes().map_err(bad)
+    }
+
+    /// Bytes of the tensor.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub(crate) fn bytes(&self) -> Result<u64, String> {
+        self.dtype.bytes_of(&self.shape).map(|n| n as u64)
+    }
+
+    /// Writes the tensor's bytes, of which there must be as many as its shape says; `file` names them in errors.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there are not, or if the producer or `out` fails.
+    pub(super) fn write(&mut self, file: &Path, out: &mut dyn Write, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let bad = |reason: String| Error::tensor(file, &self.name, reason);
+        let expected = self.dtype.bytes_of(&self.shape).map_err(bad)? as u64;
+        let mut counted = Counted { out, written: 0, progress };
+        (self.produce)(&mut counted).map_err(|e| bad(format!("writing it: {e}")))?;
+        match counted.written {
+            n if n == expected => Ok(()),
+            n => Err(bad(format!("{n} bytes were produced where its shape needs {expected}"))),
+        }
     }
 }
 
@@ -163,6 +185,25 @@ pub fn write_text(path: &Path, text: &str) -> Result<()> {
     Pending::text(path.to_owned(), text)?.commit().map(drop)
 }
 
+/// An ordinary new file in `dir`, under the user's umask, removed unless it is renamed; its name begins with `prefix`, a
+/// dot first, and ends with `suffix`.
+pub(crate) fn unfinished(dir: &Path, prefix: &str, suffix: &str) -> Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(prefix).suffix(suffix);
+    // Temporary files are private by default.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(dir).map_err(|e| Error::io(dir, e))
+}
+
+/// The directory that a file is in.
+pub(crate) fn directory_of(file: &Path) -> &Path {
+    match file.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
 /// Refuses a directory that holds a checkpoint already, or what could be taken for a part of one: whoever writes a new
 /// one must not mix it with another. A directory that does not exist yet is fine.
 ///
@@ -183,7 +224,7 @@ pub fn check_target(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check_unique(file: &Path, entries: &[Entry]) -> Result<()> {
+pub(super) fn check_unique(file: &Path, entries: &[Entry]) -> Result<()> {
     if entries.is_empty() || entries.len() > MAX_TENSORS {
         return Err(Error::file(file, format!("{} tensors; 1 to {MAX_TENSORS} can be written", entries.len())));
     }
@@ -203,16 +244,7 @@ struct Pending {
 
 impl Pending {
     fn create(path: PathBuf) -> Result<Self> {
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(UNFINISHED);
-        // Temporary files are private by default; a checkpoint is an ordinary file under the user's umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temp = builder.tempfile_in(dir).map_err(|e| Error::io(dir, e))?;
+        let temp = unfinished(directory_of(&path), UNFINISHED, "")?;
         Ok(Self { temp, path })
     }
 
@@ -250,13 +282,7 @@ impl Pending {
         out.write_all(text.as_bytes()).map_err(io_error)?;
         progress(8 + text.len() as u64);
         for entry in &mut entries {
-            let expected = entry.check(path)?;
-            let mut counted = Counted { out: &mut out, written: 0, progress };
-            (entry.produce)(&mut counted).map_err(|e| Error::tensor(path, &entry.name, format!("writing it: {e}")))?;
-            if counted.written != expected {
-                let reason = format!("{} bytes were produced where its shape needs {expected}", counted.written);
-                return Err(Error::tensor(path, &entry.name, reason));
-            }
+            entry.write(path, &mut out, progress)?;
         }
         out.flush().map_err(io_error)?;
         drop(out);
@@ -275,13 +301,13 @@ impl Pending {
     }
 }
 
-struct Counted<'w, W> {
-    out: &'w mut W,
+struct Counted<'w> {
+    out: &'w mut dyn Write,
     written: u64,
     progress: &'w mut dyn FnMut(u64),
 }
 
-impl<W: Write> Write for Counted<'_, W> {
+impl Write for Counted<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.out.write(bytes)?;
         self.written += n as u64;

@@ -1,13 +1,15 @@
 //! `bitnet convert`: a checkpoint in another form, the same model.
 
-use super::model_args::HubArgs;
+use super::model_args::{HubArgs, parse};
 use super::{first_line, print};
 use anyhow::Result;
 use candle_bitnet::Error;
-use candle_bitnet::checkpoint::write::check_target;
-use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles, ScaleStyle};
+use candle_bitnet::backend::DenseType;
+use candle_bitnet::checkpoint::gguf::GgmlType;
+use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles, ScaleStyle, StoredType};
 use candle_bitnet::model::config::ModelConfig;
-use candle_bitnet::model::convert::{Form, Phase, Progress, Summary, convert};
+use candle_bitnet::model::convert::{Form, GgufType, Options, Phase, Progress, Summary, convert};
+use candle_bitnet::ternary::I2sLayout;
 use clap::{Args as ClapArgs, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -17,10 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Write a model in another form: packed codes or masters
+/// Write a model in another form: safetensors or GGUF
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, or builtin [default: builtin]
+    /// Model: a hub id (owner/name, owner/name@revision, owner/name:file.gguf), a directory, a .gguf file, or builtin
+    /// [default: builtin]
     #[arg(value_name = "MODEL")]
     pub model: Option<String>,
 
@@ -32,13 +35,21 @@ pub struct Args {
     #[arg(long, value_name = "FORM")]
     pub to: Target,
 
+    /// Type of the embedding and the output head; block types only in GGUF [default: the model's]
+    #[arg(long, value_name = "TYPE")]
+    pub head: Option<Head>,
+
     /// What weight_scale does in a packed form [default: what the model's config.json says]
     #[arg(long, value_name = "CONVENTION")]
     pub scale: Option<Convention>,
 
-    /// Directory to write; must not hold a checkpoint yet
-    #[arg(short, long, value_name = "DIR")]
+    /// Directory or .gguf file to write; a directory must not hold a checkpoint yet
+    #[arg(short, long, value_name = "PATH")]
     pub out: PathBuf,
+
+    /// Order of the codes in I2_S tensors of the GGUF file that is read: 128, 64 or rows [default: 128]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
+    pub i2s_layout: Option<I2sLayout>,
 
     /// Write JSON
     #[arg(long)]
@@ -55,6 +66,56 @@ pub enum Target {
     Packed,
     /// Safetensors with bf16 weights, quantised at load
     Masters,
+    /// Safetensors with the values -s, 0 and s, for software without ternary weights
+    DenseBf16,
+    /// The same in f16
+    DenseF16,
+    /// The same in f32, which holds every scale
+    DenseF32,
+    /// GGUF for microsoft/BitNet (bitnet.cpp) on x86
+    #[value(name = "i2_s")]
+    I2s,
+    /// The same in the order of its Arm builds
+    #[value(name = "i2_s-64")]
+    I2s64,
+    /// The same with four rows interleaved
+    #[value(name = "i2_s-rows")]
+    I2sRows,
+    /// GGUF for llama.cpp, 2.06 bits a weight
+    #[value(name = "tq2_0")]
+    Tq2,
+    /// GGUF for llama.cpp, 1.69 bits a weight
+    #[value(name = "tq1_0")]
+    Tq1,
+}
+
+/// A type of dense values, as a flag names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Head {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q4_0")]
+    Q4,
+}
+
+impl Head {
+    fn stored(self) -> StoredType {
+        match self {
+            Self::F32 => StoredType::F32,
+            Self::F16 => StoredType::F16,
+            Self::Bf16 => StoredType::BF16,
+            Self::Q8 => StoredType::Ggml(GgmlType::Q8_0),
+            Self::Q6K => StoredType::Ggml(GgmlType::Q6_K),
+            Self::Q4 => StoredType::Ggml(GgmlType::Q4_0),
+        }
+    }
 }
 
 /// What `weight_scale` does, as a flag names it.
@@ -68,19 +129,33 @@ pub enum Convention {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    if args.to == Target::Masters && args.scale.is_some() {
-        let reason = "masters have no weight_scale; leave it out, or write --to packed";
+    if args.to != Target::Packed && args.scale.is_some() {
+        let reason = "only packed codes have a weight_scale; leave it out, or write --to packed";
         return Err(Error::request("--scale", reason).into());
     }
+    let multiply = Form::Packed(ScaleStyle::Multiply);
+    let known = match (args.to, args.scale) {
+        (Target::Packed, Some(Convention::Divide)) => Some(Form::Packed(ScaleStyle::Divide)),
+        (Target::Packed, Some(Convention::Multiply)) => Some(multiply),
+        (Target::Packed, None) => None,
+        (Target::Masters, _) => Some(Form::Masters),
+        (Target::DenseBf16, _) => Some(Form::Dense(DenseType::BF16)),
+        (Target::DenseF16, _) => Some(Form::Dense(DenseType::F16)),
+        (Target::DenseF32, _) => Some(Form::Dense(DenseType::F32)),
+        (Target::I2s, _) => Some(Form::Gguf(GgufType::I2_S(I2sLayout::Blocks128))),
+        (Target::I2s64, _) => Some(Form::Gguf(GgufType::I2_S(I2sLayout::Blocks64))),
+        (Target::I2sRows, _) => Some(Form::Gguf(GgufType::I2_S(I2sLayout::Rows4))),
+        (Target::Tq2, _) => Some(Form::Gguf(GgufType::TQ2_0)),
+        (Target::Tq1, _) => Some(Form::Gguf(GgufType::TQ1_0)),
+    };
+    let head = args.head.map(Head::stored);
     // Before a download, which may take an hour.
-    check_target(&args.out)?;
+    Options { form: known.unwrap_or(multiply), head }.check(&args.out)?;
     let model = args.model.or(args.model_flag).unwrap_or_else(|| BUILTIN.into());
-    let source = ModelFiles::find(&model, &args.hub.options())?;
-    let form = match (args.to, args.scale) {
-        (Target::Masters, _) => Form::Masters,
-        (Target::Packed, Some(Convention::Multiply)) => Form::Packed(ScaleStyle::Multiply),
-        (Target::Packed, Some(Convention::Divide)) => Form::Packed(ScaleStyle::Divide),
-        (Target::Packed, None) => Form::Packed(convention(&source)?),
+    let source = ModelFiles::find(&model, &args.hub.options())?.with_i2s_layout(args.i2s_layout)?;
+    let form = match known {
+        Some(form) => form,
+        None => Form::Packed(convention(&source)?),
     };
     let stopped = stop_on_interrupt();
     // Drawn on terminals only.
@@ -89,7 +164,7 @@ pub fn run(args: Args) -> Result<()> {
             .unwrap_or_else(|_| ProgressStyle::default_bar()),
     );
     let mut phase = None;
-    let summary = convert(&source, &args.out, form, &mut |p: Progress| {
+    let summary = convert(&source, &args.out, Options { form, head }, &mut |p: Progress| {
         if phase.replace(p.phase) != Some(p.phase) {
             bar.reset();
             bar.set_length(p.total);
@@ -132,12 +207,18 @@ fn stop_on_interrupt() -> Arc<AtomicBool> {
 }
 
 /// The form and the convention, as the flags name them.
-fn names(form: Form) -> (&'static str, Option<&'static str>) {
-    match form {
+fn names(form: Form) -> (String, Option<&'static str>) {
+    let (name, scale) = match form {
         Form::Packed(ScaleStyle::Multiply) => ("packed", Some("multiply")),
         Form::Packed(ScaleStyle::Divide) => ("packed", Some("divide")),
+        Form::Dense(dtype) => return (format!("dense-{dtype}"), None),
+        Form::Gguf(GgufType::I2_S(I2sLayout::Blocks128)) => ("i2_s", None),
+        Form::Gguf(GgufType::I2_S(layout)) => return (format!("i2_s-{layout}"), None),
+        Form::Gguf(GgufType::TQ2_0) => ("tq2_0", None),
+        Form::Gguf(GgufType::TQ1_0) => ("tq1_0", None),
         _ => ("masters", None),
-    }
+    };
+    (name.to_owned(), scale)
 }
 
 fn json(out: &Path, s: &Summary) -> Value {
@@ -154,6 +235,8 @@ fn json(out: &Path, s: &Summary) -> Value {
         "verified": true,
         "inexact_scales": s.verified.inexact_scales,
         "largest_scale_difference": s.verified.largest_difference,
+        "rounded_tensors": s.verified.rounded_tensors,
+        "largest_relative_error": s.verified.largest_error,
         "f32_masters": s.f32_masters,
         "copied": s.copied,
         "not_copied": s.left,
@@ -164,9 +247,9 @@ fn text(out: &Path, s: &Summary) -> String {
     let v = &s.verified;
     let form = match names(s.form) {
         (form, Some(scale)) => format!("{form}, {scale}"),
-        (form, None) => form.to_owned(),
+        (form, None) => form,
     };
-    let weights = s.files.iter().filter(|f| f.ends_with(".safetensors")).count();
+    let weights = s.files.iter().filter(|f| f.ends_with(".safetensors") || f.ends_with(".gguf")).count();
     let files = if weights == 1 { "1 file".to_owned() } else { format!("{weights} files") };
     let mut text = format!("{}: {form}, {} in {files}", out.display(), HumanBytes(s.bytes));
     let (matrices, others) = (v.matrices, v.tensors);
@@ -178,13 +261,22 @@ fn text(out: &Path, s: &Summary) -> String {
     line(format!("read back: {matrices} ternary matrices with the same codes{exact}, {others} other tensors the same"));
     if v.inexact_scales > 0 {
         let why = match s.form {
-            Form::Masters => "cannot be the scale of masters",
-            _ => "have no exact inverse",
+            Form::Masters => "cannot be the scale of masters".to_owned(),
+            Form::Dense(dtype) => format!("are no {dtype}"),
+            _ => "have no exact inverse".to_owned(),
         };
         let (n, difference) = (v.inexact_scales, v.largest_difference);
         line(format!(
             "inexact: {n} of {matrices} scales {why}; the largest relative difference is {difference:.1e}, so logits \
-             may differ in their last bits"
+             will differ in their last bits"
+        ));
+    }
+    if v.rounded_tensors > 0 {
+        let (n, error) = (v.rounded_tensors, 100.0 * v.largest_error);
+        let tensors = if n == 1 { "tensor is" } else { "tensors are" };
+        line(format!(
+            "rounded: {n} dense {tensors} in a type with fewer bits, {error:.2} % off (root mean square), so logits \
+             will differ"
         ));
     }
     if s.f32_masters > 0 {

@@ -93,8 +93,8 @@ pub enum Mode {
     Offline,
     /// Masters, to be quantised at load.
     Online,
-    /// Quantised, but stored as the dense values −s, 0 and s: a Llama checkpoint without a `quantization_config`, as
-    /// Falcon-E's revision `bfloat16`. Loading checks every value, so that a model that was never ternary is refused.
+    /// Quantised, but stored as the dense values −s, 0 and s: a checkpoint without a `quantization_config`, as Falcon-E's
+    /// revision `bfloat16`. Loading checks every value, so that a model that was never ternary is refused.
     Dequantized,
 }
 

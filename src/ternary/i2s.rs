@@ -122,6 +122,14 @@ impl PackedTernary {
         Ok(packed)
     }
 
+    /// Whether a matrix can be written in this layout.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if not.
+    pub(crate) fn check_i2s(rows: usize, cols: usize, layout: I2sLayout) -> Result<()> {
+        check_shape(rows, cols, layout).map(drop)
+    }
+
     /// Encodes I2_S; the scale is stored as a multiplier.
     ///
     /// # Errors

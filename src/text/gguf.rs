@@ -4,6 +4,10 @@
 //! `tokenizer.ggml.pre` names (llama.cpp's names), special tokens by their type. SentencePiece (`llama`, `t5`) goes
 //! through [`super::sentencepiece`].
 
+mod write;
+
+pub(crate) use write::Written;
+
 use super::Tokenizer;
 use super::sentencepiece::{Algorithm, Piece, PieceKind, SentencePiece};
 use crate::checkpoint::gguf::Gguf;
@@ -70,6 +74,13 @@ const PRE: [(Words, &[&str]); 5] = [
 ];
 
 impl Words {
+    const ALL: [Self; 5] = [Self::Llama3, Self::Qwen2, Self::Gpt2, Self::Digits, Self::Falcon];
+
+    /// The name that llama.cpp gives it, the first of several.
+    fn name(self) -> &'static str {
+        PRE.iter().find(|(words, _)| *words == self).and_then(|(_, names)| names.first()).copied().unwrap_or_default()
+    }
+
     fn pre_tokenizer(self) -> tokenizers::Result<Sequence> {
         let split = |regex: &str| {
             Split::new(SplitPattern::Regex(regex.into()), SplitDelimiterBehavior::Isolated, false)

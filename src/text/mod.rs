@@ -14,4 +14,5 @@ pub use template::{ChatPrompt, ChatTemplate, MAX_TEMPLATE_BYTES, Message};
 pub use template_env::{MAX_RENDERED_BYTES, TEMPLATE_FUEL};
 pub use tokenizer::{MAX_TOKENIZER_BYTES, Tokenizer};
 
+pub(crate) use gguf::Written as GgufTokenizer;
 pub(crate) use json::{MAX_JSON_BYTES, read_json};

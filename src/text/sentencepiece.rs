@@ -71,6 +71,18 @@ impl PieceKind {
         })
     }
 
+    /// The number in a file.
+    pub(super) fn code(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Unknown => 2,
+            Self::Control => 3,
+            Self::UserDefined => 4,
+            Self::Unused => 5,
+            Self::Byte => 6,
+        }
+    }
+
     /// Whether encoding may produce this piece by merging others.
     fn is_mergeable(self) -> bool {
         matches!(self, Self::Normal | Self::UserDefined)
@@ -360,7 +372,7 @@ fn text(e: impl std::fmt::Display) -> String {
     quoted(&e.to_string())
 }
 
-fn is_byte(text: &str) -> bool {
+pub(super) fn is_byte(text: &str) -> bool {
     let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
     digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F')))
 }

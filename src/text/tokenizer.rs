@@ -226,7 +226,7 @@ impl Tokenizer {
         self.shared.special.iter().find(|token| token.key == key)
     }
 
-    fn error(&self, reason: String) -> Error {
+    pub(super) fn error(&self, reason: String) -> Error {
         Error::Text { what: self.shared.source.display().to_string(), reason }
     }
 }

@@ -2,18 +2,13 @@
 
 use super::GgmlType;
 use crate::backend::host::MappedFile;
+use crate::checkpoint::recode::{PIECE, widen};
 use crate::checkpoint::{Checkpoint, DenseView, StoredType};
 use crate::{Error, Result};
-use candle_core::quantized::{QStorage, QTensor};
-use candle_core::{Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Values that are widened at a time, at least: enough to keep a thread busy, few enough to stay in its cache.
-const PIECE: usize = 1 << 16;
 
 /// A dense matrix of a checkpoint.
 #[derive(Debug, Clone)]
@@ -59,12 +54,6 @@ impl BlockView {
     /// [`Error::Tensor`] for a type that candle cannot widen, and if `out` has another length.
     pub fn to_bf16(&self, out: &mut [u8]) -> Result<()> {
         let error = |reason: String| Error::tensor(self.file.path(), &self.name, reason);
-        let Some(dtype) = self.dtype.candle() else {
-            return Err(error(format!(
-                "{} values cannot be read here; convert the file to F16, Q8_0 or Q6_K",
-                self.dtype
-            )));
-        };
         let bytes = self.file.bytes().get(self.range.clone()).unwrap_or_default();
         let row_bytes = self.cols / self.dtype.block_values() * self.dtype.block_bytes();
         if out.len() != 2 * self.rows * self.cols || bytes.len() != self.rows * row_bytes || out.is_empty() {
@@ -73,9 +62,8 @@ impl BlockView {
         let rows = PIECE.div_ceil(self.cols);
         let pieces = bytes.par_chunks(rows * row_bytes).zip(out.par_chunks_mut(2 * rows * self.cols));
         pieces.try_for_each(|(blocks, out)| -> Result<()> {
-            let storage = QStorage::from_data(Cow::Borrowed(blocks), &Device::Cpu, dtype)?;
-            let wide: Tensor = QTensor::new(storage, out.len() / 2)?.dequantize(&Device::Cpu)?;
-            for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(wide.to_vec1::<f32>()?) {
+            let wide = widen(StoredType::Ggml(self.dtype), blocks, out.len() / 2).map_err(error)?;
+            for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(wide) {
                 *out = bf16::from_f32(value).to_le_bytes();
             }
             Ok(())

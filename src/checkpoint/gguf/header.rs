@@ -13,11 +13,12 @@ use crate::checkpoint::limits::{
 };
 use crate::checkpoint::{StoredType, TensorInfo};
 use crate::{Error, Result};
+use std::ops::Range;
 use std::path::Path;
 
-const MAGIC: &[u8; 4] = b"GGUF";
+pub(super) const MAGIC: &[u8; 4] = b"GGUF";
 /// Alignment of the tensors where `general.alignment` does not say otherwise.
-const DEFAULT_ALIGNMENT: usize = 32;
+pub(super) const DEFAULT_ALIGNMENT: usize = 32;
 /// Bytes of a metadata entry, at least: length of the key, a byte of it, type, value.
 const LEAST_ENTRY: usize = 8 + 1 + 4 + 1;
 /// Bytes of a tensor's description, at least: length of the name, a byte of it, dimensions, type, offset.
@@ -36,6 +37,8 @@ pub struct Header {
     pub tensors: Vec<TensorInfo>,
     /// Where the tensors' bytes begin.
     pub data_start: usize,
+    /// Where the metadata's values are in the file, with the types in front of them.
+    pub(super) places: Vec<Range<usize>>,
 }
 
 impl Header {
@@ -96,9 +99,11 @@ impl Parser<'_> {
         let entries = self.count(entries, MAX_GGUF_METADATA, LEAST_ENTRY, "metadata entries")?;
         let tensors = self.count(tensors, MAX_TENSORS, LEAST_TENSOR, "tensors")?;
         let mut metadata: Vec<(String, Value)> = Vec::with_capacity(entries);
+        let mut places = Vec::with_capacity(entries);
         for _ in 0..entries {
-            let (key, value) = self.entry()?;
+            let (key, value, place) = self.entry()?;
             metadata.push((key, value));
+            places.push(place);
         }
         let mut keys: Vec<&str> = metadata.iter().map(|(k, _)| k.as_str()).collect();
         keys.sort_unstable();
@@ -116,8 +121,7 @@ impl Parser<'_> {
             _ => return self.fail(format!("ends before its tensors ({file_len} bytes): truncated?")),
         };
         for info in &mut infos {
-            let range =
-                |r: &std::ops::Range<usize>| Some(r.start.checked_add(data_start)?..r.end.checked_add(data_start)?);
+            let range = |r: &Range<usize>| Some(r.start.checked_add(data_start)?..r.end.checked_add(data_start)?);
             match range(&info.range).filter(|r| r.end <= file_len) {
                 Some(range) => info.range = range,
                 None => {
@@ -132,7 +136,7 @@ impl Parser<'_> {
             }
         }
         check_apart(self.file, &infos)?;
-        Ok(Header { version, alignment, metadata, tensors: infos, data_start })
+        Ok(Header { version, alignment, metadata, tensors: infos, data_start, places })
     }
 
     /// A number of things that the rest of the file can hold.
@@ -144,7 +148,7 @@ impl Parser<'_> {
         }
     }
 
-    fn entry(&mut self) -> Result<(String, Value)> {
+    fn entry(&mut self) -> Result<(String, Value, Range<usize>)> {
         let Some(key) = self.cursor.text() else { return self.truncated("a metadata key") };
         let key = self.cursor.bytes.get(key).unwrap_or_default();
         let key = match std::str::from_utf8(key) {
@@ -158,8 +162,9 @@ impl Parser<'_> {
         if key.chars().any(char::is_control) {
             return self.fail(format!("metadata key {:?} holds control characters", quoted(&key)));
         }
+        let start = self.cursor.at;
         let value = self.value().map_err(|e| Error::config(self.file, quoted(&key), e))?;
-        Ok((key, value))
+        Ok((key, value, start..self.cursor.at))
     }
 
     fn value(&mut self) -> Result<Value, String> {
@@ -247,7 +252,7 @@ fn array(cursor: &mut Cursor, depth: usize) -> Result<Array, String> {
     Ok(Array { element, len, range: start..cursor.at })
 }
 
-fn describe(cursor: &mut Cursor, alignment: usize) -> Result<(Vec<usize>, StoredType, std::ops::Range<usize>), String> {
+fn describe(cursor: &mut Cursor, alignment: usize) -> Result<(Vec<usize>, StoredType, Range<usize>), String> {
     let rank = cursor.u32().ok_or_else(past_the_end)? as usize;
     if rank > MAX_DIMS {
         return Err(format!("{rank} dimensions; at most {MAX_DIMS} are accepted"));

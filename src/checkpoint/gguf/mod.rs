@@ -8,6 +8,7 @@ mod linear;
 mod names;
 mod types;
 mod value;
+mod write;
 
 pub use blocks::{BlockView, DenseMatrix};
 pub use config::Architecture;
@@ -15,14 +16,16 @@ pub use header::Header;
 pub use names::hugging_face_name;
 pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
+pub use write::{Metadata, write};
 
 pub(super) use linear::Rules;
-pub(super) use names::gguf_name;
+pub(crate) use names::gguf_name;
 
 use super::TensorInfo;
 use super::open::map;
 use crate::backend::host::MappedFile;
 use crate::{Error, Result};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use value::Cursor;
@@ -146,6 +149,13 @@ impl Gguf {
             Some(Value::Array(array)) if elements.contains(&array.element) => Ok(Some(array)),
             Some(other) => self.unexpected(key, other, expected),
         }
+    }
+
+    /// All metadata, to be written to another file as it is here.
+    pub fn metadata(&self) -> impl Iterator<Item = (&str, Metadata)> {
+        let stored = |place: &Range<usize>| self.file.bytes().get(place.clone()).unwrap_or_default().to_vec();
+        let entries = self.header.metadata.iter().zip(&self.header.places);
+        entries.map(move |((key, _), place)| (key.as_str(), Metadata::Stored(stored(place))))
     }
 
     /// The tensors under Hugging Face's names, sorted by them.

@@ -51,7 +51,7 @@ pub fn hugging_face_name(name: &str) -> Option<String> {
 }
 
 /// The GGUF name of a tensor: the inverse of [`hugging_face_name`].
-pub(in crate::checkpoint) fn gguf_name(name: &str) -> Option<String> {
+pub(crate) fn gguf_name(name: &str) -> Option<String> {
     let find = |table: &[(&'static str, &str)], key: &str| table.iter().find(|(_, v)| *v == key).map(|(k, _)| *k);
     if let Some(found) = find(&OUTER, name) {
         return Some(found.to_owned());

@@ -112,7 +112,7 @@ impl GgmlType {
     }
 
     /// candle's type, where candle can widen it.
-    pub(super) fn candle(self) -> Option<GgmlDType> {
+    pub(in crate::checkpoint) fn candle(self) -> Option<GgmlDType> {
         Some(match self {
             Self::Q4_0 => GgmlDType::Q4_0,
             Self::Q4_1 => GgmlDType::Q4_1,
@@ -135,31 +135,44 @@ impl std::fmt::Display for GgmlType {
     }
 }
 
+/// Types that are stored as they are in safetensors, by their numbers.
+const PLAIN: [(u32, StoredType); 8] = [
+    (0, StoredType::F32),
+    (1, StoredType::F16),
+    (24, StoredType::I8),
+    (25, StoredType::I16),
+    (26, StoredType::I32),
+    (27, StoredType::I64),
+    (28, StoredType::F64),
+    (30, StoredType::BF16),
+];
+
+/// The number of a type, where ggml has one.
+pub(super) fn type_id(dtype: StoredType) -> Option<u32> {
+    match dtype {
+        StoredType::Ggml(block) => Some(block.id()),
+        plain => PLAIN.iter().find(|(_, t)| *t == plain).map(|(id, _)| *id),
+    }
+}
+
 /// The type with this number.
 ///
 /// # Errors
 /// What is known about it.
 pub(super) fn stored_type(id: u32) -> Result<StoredType, String> {
-    Ok(match id {
-        0 => StoredType::F32,
-        1 => StoredType::F16,
-        24 => StoredType::I8,
-        25 => StoredType::I16,
-        26 => StoredType::I32,
-        27 => StoredType::I64,
-        28 => StoredType::F64,
-        30 => StoredType::BF16,
-        id => match GgmlType::ALL.iter().find(|(n, ..)| *n == id) {
-            Some((_, t, ..)) => StoredType::Ggml(*t),
-            None => {
-                let known = match id {
-                    38 => " (TL1 of bitnet.cpp, made for one machine)",
-                    39 => " (MXFP4, or TL2 of bitnet.cpp, made for one machine)",
-                    134..=137 => " (one of ik_llama.cpp's BitNet types)",
-                    _ => "",
-                };
-                return Err(format!("type {id}{known} is not supported; ternary weights are I2_S, TQ1_0 or TQ2_0"));
-            }
-        },
-    })
+    if let Some((_, plain)) = PLAIN.iter().find(|(n, _)| *n == id) {
+        return Ok(*plain);
+    }
+    match GgmlType::ALL.iter().find(|(n, ..)| *n == id) {
+        Some((_, t, ..)) => Ok(StoredType::Ggml(*t)),
+        None => {
+            let known = match id {
+                38 => " (TL1 of bitnet.cpp, made for one machine)",
+                39 => " (MXFP4, or TL2 of bitnet.cpp, made for one machine)",
+                134..=137 => " (one of ik_llama.cpp's BitNet types)",
+                _ => "",
+            };
+            Err(format!("type {id}{known} is not supported; ternary weights are I2_S, TQ1_0 or TQ2_0"))
+        }
+    }
 }

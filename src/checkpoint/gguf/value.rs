@@ -44,6 +44,11 @@ impl ValueType {
         Self::ALL.get(usize::try_from(id).ok()?).copied()
     }
 
+    /// The number in files.
+    pub(super) fn id(self) -> u32 {
+        Self::ALL.iter().zip(0..).find(|(kind, _)| **kind == self).map_or(0, |(_, id)| id)
+    }
+
     /// Bytes of a value, at least: a text has its length in front, an array its type and length.
     pub(super) fn least_bytes(self) -> usize {
         match self {

@@ -216,10 +216,7 @@ fn quantization(read: &Reader, family: Family) -> Result<Quantization> {
         return match family {
             Family::FirstReproduction => Ok(Quantization::plain(Mode::Online, ScaleStyle::Multiply)),
             Family::Llama if is_prequantized(read.path) => Ok(Quantization::plain(Mode::Online, ScaleStyle::Multiply)),
-            Family::Llama => Ok(Quantization::plain(Mode::Dequantized, ScaleStyle::Multiply)),
-            Family::BitNet => {
-                read.fail("quantization_config", format!("missing, so this is not a b1.58 checkpoint; {SUPPORTED}"))
-            }
+            Family::Llama | Family::BitNet => Ok(Quantization::plain(Mode::Dequantized, ScaleStyle::Multiply)),
         };
     };
     match q.text("quant_method")? {

@@ -1,16 +1,19 @@
 //! A directory that becomes a checkpoint all at once, or not at all.
 
 use crate::checkpoint::ModelFiles;
-use crate::checkpoint::write::check_target;
+use crate::checkpoint::write::{check_target, directory_of, unfinished};
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 /// What a tokenizer is written as.
 const TOKENIZER: &str = "tokenizer.json";
+
+/// How the names of what is not complete begin.
+const CONVERTING: &str = ".converting-";
 
 /// A hidden directory inside the target, so on its file system; removed with all it holds unless it is committed. A
 /// process that is killed leaves it behind, and nothing that could be taken for a checkpoint.
@@ -28,7 +31,7 @@ impl Staging {
         let made = !target.exists();
         std::fs::create_dir_all(target).map_err(|e| Error::io(target, e))?;
         let mut staging = Self { temp: None, target: target.to_owned(), made };
-        let temp = tempfile::Builder::new().prefix(".converting-").tempdir_in(target);
+        let temp = tempfile::Builder::new().prefix(CONVERTING).tempdir_in(target);
         staging.temp = Some(temp.map_err(|e| Error::io(target, e))?);
         Ok(staging)
     }
@@ -89,6 +92,60 @@ impl Drop for Staging {
             let _ = std::fs::remove_dir(&self.target);
         }
     }
+}
+
+/// A file that appears under its name all at once, or not at all; until then it has a hidden one beside it.
+pub(super) struct StagedFile {
+    temp: NamedTempFile,
+    target: PathBuf,
+}
+
+impl StagedFile {
+    /// Makes the hidden file.
+    pub fn new(target: &Path) -> Result<Self> {
+        check_new_file(target)?;
+        let temp = unfinished(directory_of(target), CONVERTING, ".gguf")?;
+        Ok(Self { temp, target: target.to_owned() })
+    }
+
+    pub fn file(&mut self) -> &mut File {
+        self.temp.as_file_mut()
+    }
+
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Gives the file its name, unless somebody else has taken it in the meantime. Returns the name.
+    pub fn commit(self) -> Result<String> {
+        let Self { temp, target } = self;
+        temp.as_file().sync_all().map_err(|e| Error::io(&target, e))?;
+        temp.persist_noclobber(&target).map_err(|e| match e.error.kind() {
+            io::ErrorKind::AlreadyExists => there_already(&target),
+            _ => Error::io(&target, e.error),
+        })?;
+        // The name is durable once its directory is; not every file system offers that.
+        if let Ok(dir) = File::open(directory_of(&target)) {
+            let _ = dir.sync_all();
+        }
+        Ok(target.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()))
+    }
+}
+
+/// Refuses a file that is there already, or that has no directory to be in.
+pub(super) fn check_new_file(target: &Path) -> Result<()> {
+    if target.symlink_metadata().is_ok() {
+        return Err(there_already(target));
+    }
+    let dir = directory_of(target);
+    match dir.is_dir() {
+        true => Ok(()),
+        false => Err(Error::request("output file", format!("there is no directory {}; make it first", dir.display()))),
+    }
+}
+
+fn there_already(target: &Path) -> Error {
+    Error::request("output file", format!("{} is already there; choose another name", target.display()))
 }
 
 /// The files beside a checkpoint's weights and configuration: what goes with the model, and what stays.
