@@ -6,12 +6,13 @@ mod common;
 use candle_bitnet::backend::cpu::CpuOptions;
 use candle_bitnet::backend::{Backend, DenseType};
 use candle_bitnet::checkpoint::write::{Entry, write_checkpoint};
-use candle_bitnet::checkpoint::{Checkpoint, StoredType};
+use candle_bitnet::checkpoint::{Checkpoint, ModelFiles, StoredType};
 use candle_bitnet::generate::GenerateOptions;
 use candle_bitnet::model::config::{Activation, Family, Mode, ModelConfig};
-use candle_bitnet::model::convert::{Form, convert};
+use candle_bitnet::model::convert::{Form, GgufType, Summary, convert};
 use candle_bitnet::model::{CheckpointWeights, Decoder, Logits, Sequence};
-use candle_bitnet::ternary::{PackedTernary, Scale};
+use candle_bitnet::ternary::{I2sLayout, PackedTernary, Scale};
+use candle_bitnet::text::Tokenizer;
 use candle_bitnet::{BitNet, DeviceChoice, Error, LoadOptions, select_device};
 use candle_core::Device;
 use half::{bf16, f16};
@@ -263,7 +264,7 @@ impl Model {
 
 const PROMPTS: [&[u32]; 5] = [&[1, 17, 99, 3], &[5, 5, 60], &[8, 101, 2, 44], &[90], &[7, 30, 9, 9, 71]];
 
-fn open(dir: &Path) -> candle_bitnet::Result<(Decoder, ModelConfig)> {
+fn open(dir: impl Into<ModelFiles>) -> candle_bitnet::Result<(Decoder, ModelConfig)> {
     let checkpoint = Checkpoint::open(dir)?;
     let (path, text) = checkpoint.config();
     let config = ModelConfig::parse(path, text)?;
@@ -272,11 +273,11 @@ fn open(dir: &Path) -> candle_bitnet::Result<(Decoder, ModelConfig)> {
     Ok((Decoder::load(&backend, config.clone(), &weights, 64, |_| ())?, config))
 }
 
-fn logits(dir: &Path) -> Vec<Vec<f32>> {
+fn logits(dir: impl Into<ModelFiles>) -> Vec<Vec<f32>> {
     logits_of(dir, PROMPTS[4])
 }
 
-fn logits_of(dir: &Path, tokens: &[u32]) -> Vec<Vec<f32>> {
+fn logits_of(dir: impl Into<ModelFiles>, tokens: &[u32]) -> Vec<Vec<f32>> {
     let (decoder, _) = open(dir).unwrap();
     let cache = decoder.kv_cache(DenseType::F32, 1).unwrap();
     let tokens = Sequence { slot: 0, position: 0, tokens };
@@ -429,6 +430,10 @@ fn falcon_e_runs_from_each_of_its_revisions() {
     }
 }
 
+fn converted(source: impl Into<ModelFiles>, target: &Path, form: Form) -> candle_bitnet::Result<Summary> {
+    convert(source, target, form, &mut |_| ControlFlow::Continue(()))
+}
+
 #[test]
 fn the_first_reproduction_has_norms_and_a_tokenizer_of_its_own() {
     let config = first_reproduction();
@@ -447,6 +452,9 @@ fn the_first_reproduction_has_norms_and_a_tokenizer_of_its_own() {
     })
     .unwrap();
     assert_eq!(logits(target.path()), whole);
+    // Dense values of this family are always quantised again.
+    let err = converted(dir.path(), &target.path().join("dense"), Form::Dense(DenseType::F16)).unwrap_err();
+    assert!(err.to_string().contains("--to masters"), "{err}");
 
     // No tokenizer.json, but a SentencePiece model, with two tokens more.
     std::fs::copy(common::fixture("sentencepiece").join("bpe.model"), dir.path().join("tokenizer.model")).unwrap();
@@ -469,6 +477,30 @@ fn the_first_reproduction_has_norms_and_a_tokenizer_of_its_own() {
     assert!(prompt.first() == Some(&1) && prompt.last() == Some(&901), "{prompt:?}");
     let text: Vec<_> = bitnet.generate(&prompt, &GenerateOptions::default().greedy().max_tokens(5)).unwrap().collect();
     assert!(text.iter().all(Result::is_ok) && !text.is_empty());
+
+    // As a GGUF file, its norms have other names, and its pieces and added tokens are in the metadata.
+    let file = target.path().join("model.gguf");
+    let layout = I2sLayout::Rows4;
+    let summary = converted(dir.path(), &file, Form::Gguf(GgufType::I2_S(layout))).unwrap();
+    assert_eq!((summary.verified.matrices, summary.verified.rounded_tensors), (14, 0), "{summary:?}");
+    let gguf = ModelFiles::from(&file).with_i2s_layout(Some(layout)).unwrap();
+    assert_eq!(logits(gguf.clone()), whole);
+    let again = Tokenizer::open(&gguf).unwrap();
+    assert_eq!((again.adds_bos(), again.eos_id(), again.token_to_id("<line>")), (true, Some(2), Some(901)));
+    assert_eq!(again.encode("Hello<line> there", true).unwrap(), tokenizer.encode("Hello<line> there", true).unwrap());
+    // And back to a directory, as a model of the family that the file says it is.
+    let back = target.path().join("back");
+    converted(&gguf, &back, Form::Packed(candle_bitnet::checkpoint::ScaleStyle::Divide)).unwrap();
+    assert_eq!(logits(&back), whole);
+    // A tokenizer.json with the same pieces has merges instead of scores.
+    let json = target.path().join("json");
+    converted(dir.path(), &json, Form::Masters).unwrap();
+    std::fs::write(json.join("tokenizer.json"), tokenizer.to_json().unwrap()).unwrap();
+    std::fs::remove_file(json.join("tokenizer.model")).unwrap();
+    let file = target.path().join("json.gguf");
+    converted(&json, &file, Form::Gguf(GgufType::I2_S(layout))).unwrap();
+    let again = Tokenizer::open(&ModelFiles::from(&file)).unwrap();
+    assert_eq!(again.encode("Hello<line> there", true).unwrap(), tokenizer.encode("Hello<line> there", true).unwrap());
 
     for (name, text, reason) in [
         ("added_tokens.json", json!({"<line>": 905}), "leaves a gap"),

@@ -10,6 +10,8 @@ mod hostile;
 mod models;
 #[path = "gguf/text.rs"]
 mod text;
+#[path = "gguf/write.rs"]
+mod write;
 
 use candle_bitnet::backend::cpu::{CpuOptions, KernelKind};
 use candle_bitnet::backend::{Backend, DenseType};

@@ -1,6 +1,6 @@
 //! Where a decoder's weights come from: a checkpoint, or a preset's random numbers.
 
-use super::config::{ModelConfig, Projection};
+use super::config::{Mode, ModelConfig, Projection, SUPPORTED};
 use super::presets::SyntheticWeights;
 use super::ternary_of;
 use crate::backend::{Backend, DenseType, DenseWeight};
@@ -78,10 +78,19 @@ impl<'a> CheckpointWeights<'a> {
         if !self.config.is_converted(&name) {
             return Ok(None);
         }
-        match self.checkpoint.linear(&name, rows, cols, self.config.quantization.scale_style)? {
+        let quantization = &self.config.quantization;
+        if let (Mode::Dequantized, Some(scale)) =
+            (quantization.mode, self.checkpoint.tensor(&format!("{name}.weight_scale")))
+        {
+            return Err(scale.error(format!(
+                "there, but config.json has no quantization_config, which says whether it multiplies or divides: this is not \
+                 a b1.58 checkpoint as it is; {SUPPORTED}"
+            )));
+        }
+        match self.checkpoint.linear(&name, rows, cols, quantization.scale_style)? {
             checkpoint::LinearWeight::Ternary(w) => Ok(Some(w)),
             checkpoint::LinearWeight::Dense(view) => {
-                ternary_of(&view, &format!("{name}.weight"), self.config.quantization.mode).map(Some)
+                ternary_of(&view, &format!("{name}.weight"), quantization.mode).map(Some)
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 
 /// Codes in one byte of the canonical form.
 pub const CODES_PER_BYTE: usize = 4;
@@ -74,6 +75,9 @@ fn nearest(guess: f32, f: impl Fn(f32) -> f32, wanted: f32) -> f32 {
     let near = [-1i32, 1, -2, 2, -3, 3].map(|ulps| f32::from_bits(guess.to_bits().saturating_add_signed(ulps)));
     near.into_iter().fold(guess, |best, x| if error(x) < error(best) { x } else { best })
 }
+
+/// Values that are worth a thread's while.
+const PIECE: usize = 1 << 16;
 
 /// What masters with this `mean|W|` are multiplied by before they are rounded.
 fn absmean_factor(mean: f32) -> f32 {
@@ -173,12 +177,21 @@ impl PackedTernary {
             return Err(shape_error("the weights hold NaN or infinite values".into()));
         }
         let s = absmean_factor(mean);
-        let code = |v: &f32| (super::round_half_even(v * s).clamp(-1.0, 1.0) as i8 + 1) as u8;
-        let codes = values
-            .chunks_exact(cols)
-            .flat_map(|row| row.chunks(CODES_PER_BYTE))
-            .map(|four| four.iter().rev().fold(0, |byte, v| byte << 2 | code(v)))
-            .collect();
+        // Rounded half to even and clamped, that is: a half is 0.
+        let code = |v: &f32| 1 + u8::from(v * s > 0.5) - u8::from(v * s < -0.5);
+        let row_bytes = cols.div_ceil(CODES_PER_BYTE);
+        let mut codes = vec![0; rows * row_bytes];
+        let lines = values.par_chunks_exact(cols).zip(codes.par_chunks_exact_mut(row_bytes));
+        lines.with_min_len(PIECE.div_ceil(cols)).for_each(|(row, out)| {
+            let (fours, rest) = row.as_chunks::<CODES_PER_BYTE>();
+            let (bytes, last) = out.split_at_mut(fours.len());
+            for (four, byte) in fours.iter().zip(bytes) {
+                *byte = code(&four[0]) | code(&four[1]) << 2 | code(&four[2]) << 4 | code(&four[3]) << 6;
+            }
+            if let Some(byte) = last.first_mut() {
+                *byte = rest.iter().rev().fold(0, |byte, v| byte << 2 | code(v));
+            }
+        });
         Self::new(rows, cols, codes, Scale::of_mean(mean))
     }
 
@@ -247,6 +260,11 @@ impl PackedTernary {
         Self { codes, ..self }
     }
 
+    /// Number of zero weights in a row.
+    pub(crate) fn zeros_in(&self, row: usize) -> usize {
+        self.row(row).iter().map(|b| (b & 0x55).count_ones() as usize).sum()
+    }
+
     /// Counts of the weights −1, 0 and 1.
     pub fn histogram(&self) -> [usize; 3] {
         let ones = |mask: u8| self.codes.iter().map(|b| (b & mask).count_ones() as usize).sum::<usize>();
@@ -265,7 +283,9 @@ pub fn absmean_scale(values: &[f32]) -> f32 {
 fn mean_abs(values: &[f32]) -> f32 {
     const BLOCK: usize = 4096;
     // f64 partial sums are exact to far below an f32 ulp for any matrix that fits in memory.
-    let total: f64 = values.chunks(BLOCK).map(|b| b.iter().map(|v| f64::from(v.abs())).sum::<f64>()).sum();
+    let block = |b: &[f32]| b.iter().map(|v| f64::from(v.abs())).sum::<f64>();
+    let sums: Vec<f64> = values.par_chunks(BLOCK).with_min_len(PIECE / BLOCK).map(block).collect();
+    let total: f64 = sums.iter().sum();
     (total / values.len() as f64) as f32
 }
 

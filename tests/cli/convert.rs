@@ -49,6 +49,48 @@ fn what_a_form_cannot_say_is_said() {
 }
 
 #[test]
+fn a_model_answers_the_same_as_a_gguf_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let answer = |m: &str, more: &[&str]| {
+        run(&[&["generate", "-m", m, "-p", "Hello, world", "-n", "8", "--greedy", "--ignore-eos"], more].concat()).ok()
+    };
+    let source = model("a3_llama");
+    let first = answer(&source, &[]);
+    for (form, layout, kind) in [
+        ("i2_s", "128", "I2_S"),
+        ("i2_s-64", "64", "I2_S"),
+        ("i2_s-rows", "rows", "I2_S"),
+        ("tq2_0", "", "TQ2_0"),
+        ("tq1_0", "", "TQ1_0"),
+    ] {
+        let file = path(&format!("{form}.gguf"));
+        let said = run(&["convert", &source, "--to", form, "--out", &file]).ok();
+        for part in [form, "1 file", "14 ternary matrices with the same codes and scales", "7 other tensors"] {
+            assert!(said.contains(part), "{part} in {said}");
+        }
+        let flags = if layout.is_empty() { vec![] } else { vec!["--i2s-layout", layout] };
+        assert_eq!(answer(&file, &flags), first, "{form}");
+        let json = run(&[&["inspect", &file, "--json"], &flags[..]].concat()).json();
+        assert!(json["stored_bytes"][kind].as_u64() > Some(50_000), "{json}");
+        assert_eq!(json["suspicious"].as_array().map(Vec::len).unwrap_or_default(), 0, "{json}");
+        // And back, from the layout that the file does not tell.
+        let packed = path(&format!("{form}-packed"));
+        run(&[&["convert", &file, "--to", "packed", "-o", &packed], &flags[..]].concat()).ok();
+        assert_eq!(answer(&packed, &[]), first, "{form}");
+    }
+    let q8 = path("q8.gguf");
+    let said = run(&["convert", &source, "--to", "tq2_0", "--head", "q8_0", "-o", &q8]).ok();
+    assert!(said.contains("rounded: 2 dense tensors") && said.contains("% off"), "{said}");
+    assert_eq!(run(&["inspect", &q8, "--json"]).json()["stored_bytes"]["Q8_0"], 2 * 512 * 256 * 34 / 32);
+    let dense = path("dense");
+    let json = run(&["convert", &source, "--to", "dense-bf16", "--head", "f32", "-o", &dense, "--json"]).json();
+    assert_eq!((&json["form"], &json["inexact_scales"]), (&json!("dense-bf16"), &json!(13)));
+    assert_eq!(run(&["inspect", &dense, "--json"]).json()["quantization_mode"], "dequantized");
+    assert!(!answer(&dense, &[]).is_empty());
+}
+
+#[test]
 fn wrong_use_and_wrong_files_have_their_exit_codes() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
@@ -58,7 +100,11 @@ fn wrong_use_and_wrong_files_have_their_exit_codes() {
     run(&["convert", &a1, "--to", "packed"]).fails(2, &["--out"]);
     run(&["convert", &a1, "--to", "onnx", "--out", out]).fails(2, &["onnx", "packed, masters"]);
     run(&["convert", &a1, "--to", "packed", "--scale", "x", "--out", out]).fails(2, &["multiply, divide"]);
-    run(&["convert", &a1, "--to", "masters", "--scale", "divide", "--out", out]).fails(2, &["--scale", "masters"]);
+    run(&["convert", &a1, "--to", "masters", "--scale", "divide", "--out", out]).fails(2, &["--scale", "packed"]);
+    run(&["convert", &a1, "--to", "i2_s", "--out", out]).fails(2, &["output file", ".gguf"]);
+    run(&["convert", &a1, "--to", "packed", "--out", "x.gguf"]).fails(2, &["output directory", "i2_s"]);
+    run(&["convert", &a1, "--to", "packed", "--head", "q8_0", "--out", out]).fails(2, &["--head", "Q8_0", "GGUF"]);
+    run(&["convert", &a1, "--to", "packed", "--i2s-layout", "64", "--out", out]).fails(2, &["no GGUF file"]);
     run(&["convert", &a1, "--to", "packed", "--out", &a1]).fails(2, &["already holds", "another directory"]);
     run(&["convert", "./gone", "--to", "packed", "--out", out]).fails(1, &["./gone"]);
     let damaged = copy("a1_packed");

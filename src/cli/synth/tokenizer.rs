@@ -47,8 +47,8 @@ pub(super) fn files(config: &ModelConfig) -> [(&'static str, String); 3] {
             "special_tokens": { bos: { "id": bos, "ids": [id], "tokens": [bos] } },
         })
     });
-    let byte_level =
-        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    // Words as GPT-2 has them, which every program knows; without merges they make no difference.
+    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     let tokenizer = json!({
         "version": "1.0",
         "truncation": null,

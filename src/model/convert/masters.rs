@@ -1,9 +1,13 @@
 //! Masters for codes that have none: values that the absmean quantiser turns back into the codes and their scale.
 
 use crate::backend::DenseType;
-use crate::ternary::{PackedTernary, Scale};
+use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
 use half::bf16;
+use rayon::prelude::*;
 use std::io::{self, Write};
+
+/// Bytes that are made at a time.
+const CHUNK: usize = 4 << 20;
 
 /// How the weights of one matrix are written as masters, so that `mean|W|` is the one that gives its multiplier.
 ///
@@ -67,33 +71,78 @@ impl Recipe {
         (missing <= tolerance).then_some(Self { dtype, low, high, raised, fill, filled, tail })
     }
 
-    /// Writes the matrix's values, row-major; `progress` is called with the bytes of each row.
+    /// Writes the matrix's values, row-major; `progress` is called with the bytes of some rows.
     pub fn write(
         &self,
         packed: &PackedTernary,
         out: &mut dyn Write,
         mut progress: impl FnMut(u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut magnitudes = std::iter::repeat_n(self.high, self.raised).chain(std::iter::repeat(self.low));
-        let fills = std::iter::repeat_n(self.fill, self.filled);
-        let mut zeros = fills.chain(self.tail.iter().copied()).chain(std::iter::repeat(0.0));
-        let mut bytes = Vec::with_capacity(packed.cols() * self.dtype.size());
-        for r in 0..packed.rows() {
-            bytes.clear();
-            for c in 0..packed.cols() {
-                let value = match packed.weight(r, c) {
-                    0 => zeros.next().unwrap_or_default(),
-                    sign => f32::from(sign) * magnitudes.next().unwrap_or_default(),
-                };
-                match self.dtype {
-                    DenseType::BF16 => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                    _ => bytes.extend_from_slice(&value.to_le_bytes()),
-                }
+        let (rows, row_bytes) = (packed.rows(), packed.cols() * self.dtype.size());
+        let step = (CHUNK / row_bytes).clamp(1, rows);
+        let mut bytes = vec![0; step * row_bytes];
+        // Zeros before each row say which of the first zeros and non-zeros are in it.
+        let mut before = 0;
+        let mut starts = Vec::with_capacity(step);
+        for first in (0..rows).step_by(step) {
+            let bytes = &mut bytes[..step.min(rows - first) * row_bytes];
+            starts.clear();
+            for row in first..(first + step).min(rows) {
+                starts.push(before);
+                before += packed.zeros_in(row);
             }
-            out.write_all(&bytes)?;
+            let lines = bytes.par_chunks_mut(row_bytes).zip(&starts).enumerate();
+            lines.for_each(|(i, (out, zeros))| self.write_row(packed, first + i, *zeros, out));
+            out.write_all(bytes)?;
             progress(bytes.len() as u64)?;
         }
         Ok(())
+    }
+
+    /// One row, with `zeros` zeros in all rows before it.
+    fn write_row(&self, packed: &PackedTernary, row: usize, zeros: usize, out: &mut [u8]) {
+        match self.dtype {
+            DenseType::BF16 => self.fill(packed, row, zeros, out, |v| bf16::from_f32(v).to_le_bytes()),
+            _ => self.fill(packed, row, zeros, out, f32::to_le_bytes),
+        }
+    }
+
+    fn fill<const N: usize>(
+        &self,
+        packed: &PackedTernary,
+        row: usize,
+        mut zeros: usize,
+        out: &mut [u8],
+        bytes_of: impl Fn(f32) -> [u8; N],
+    ) {
+        let mut others = row * packed.cols() - zeros;
+        let special = self.filled + self.tail.len();
+        let out = out.as_chunks_mut::<N>().0;
+        // Behind the first ones, of either kind, every code has one value.
+        let common = [-self.low, 0.0, self.low, f32::NAN].map(&bytes_of);
+        for (out, byte) in out.chunks_mut(CODES_PER_BYTE).zip(packed.row(row)) {
+            if zeros >= special && others >= self.raised {
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = common[usize::from(byte >> (2 * i) & 3)]);
+                continue;
+            }
+            for (i, out) in out.iter_mut().enumerate() {
+                let code = byte >> (2 * i) & 3;
+                *out = if code == 1 {
+                    zeros += 1;
+                    match zeros {
+                        n if n <= self.filled => bytes_of(self.fill),
+                        n if n <= special => bytes_of(self.tail[n - self.filled - 1]),
+                        _ => common[1],
+                    }
+                } else {
+                    others += 1;
+                    match others <= self.raised {
+                        true => bytes_of((f32::from(code) - 1.0) * self.high),
+                        false => common[usize::from(code)],
+                    }
+                };
+            }
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 use super::progress::Tracker;
 use crate::backend::DenseType;
 use crate::checkpoint::{StoredType, TensorView};
-use crate::ternary::PackedTernary;
+use crate::ternary::{CODES_PER_BYTE, PackedTernary};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::io::{self, Write};
 use std::ops::Range;
 
@@ -71,25 +72,28 @@ pub(super) fn write_ternary(
     tracker: &Tracker,
 ) -> io::Result<()> {
     let scale = rounded(packed.scale().multiplier(), dtype).unwrap_or_default();
-    let bytes_of = |value: f32| -> [u8; 4] {
-        let mut bytes = [0; 4];
-        match dtype {
-            DenseType::F32 => bytes = value.to_le_bytes(),
-            DenseType::BF16 => bytes[..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-            DenseType::F16 => bytes[..2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-        }
-        bytes
-    };
-    let values = [-scale, 0.0, scale, f32::NAN].map(bytes_of);
-    let size = dtype.size();
-    let mut bytes = Vec::with_capacity(CHUNK + packed.cols() * size);
-    for row in 0..packed.rows() {
-        let codes = packed.row(row).iter().flat_map(|byte| [0, 2, 4, 6].map(|shift| usize::from(byte >> shift & 3)));
-        codes.take(packed.cols()).for_each(|code| bytes.extend_from_slice(&values[code][..size]));
-        if bytes.len() >= CHUNK || row + 1 == packed.rows() {
-            put(out, &bytes, tracker)?;
-            bytes.clear();
-        }
+    let values = [-scale, 0.0, scale, f32::NAN];
+    let row_bytes = packed.cols() * dtype.size();
+    let step = (CHUNK / row_bytes).clamp(1, packed.rows());
+    let mut bytes = vec![0; step * row_bytes];
+    for first in (0..packed.rows()).step_by(step) {
+        let bytes = &mut bytes[..step.min(packed.rows() - first) * row_bytes];
+        bytes.par_chunks_mut(row_bytes).enumerate().for_each(|(i, out)| {
+            let codes = packed.row(first + i);
+            match dtype {
+                DenseType::F32 => fill(out, codes, values.map(f32::to_le_bytes)),
+                DenseType::BF16 => fill(out, codes, values.map(|v| bf16::from_f32(v).to_le_bytes())),
+                DenseType::F16 => fill(out, codes, values.map(|v| f16::from_f32(v).to_le_bytes())),
+            }
+        });
+        put(out, bytes, tracker)?;
     }
     Ok(())
+}
+
+/// The value of each code.
+fn fill<const N: usize>(out: &mut [u8], codes: &[u8], values: [[u8; N]; 4]) {
+    for (out, byte) in out.as_chunks_mut::<N>().0.chunks_mut(CODES_PER_BYTE).zip(codes) {
+        out.iter_mut().enumerate().for_each(|(i, out)| *out = values[usize::from(byte >> (2 * i) & 3)]);
+    }
 }

@@ -61,15 +61,11 @@ impl Written {
         let tokenizer = &self.tokenizer;
         let json: Value = serde_json::from_str(&tokenizer.to_json()?).map_err(|e| self.fail(e.to_string()))?;
         let mut metadata = match files.contains("tokenizer.json") || files.gguf()?.is_some() {
-            true => self.from_json(&json)?,
-            false => self.from_sentencepiece(files, &json)?,
+            true => self.from_json(&json, vocab)?,
+            false => self.from_sentencepiece(files, &json, vocab)?,
         };
         let mut put = |key: &str, value: Metadata| metadata.entries.push((format!("tokenizer.ggml.{key}"), value));
-        let count = metadata.tokens.len();
-        if count > vocab {
-            return Err(self.fail(format!("has {count} tokens, but the model has {vocab}")));
-        }
-        for id in count..vocab {
+        for id in metadata.tokens.len()..vocab {
             metadata.tokens.push(Piece { text: format!("[PAD{id}]"), score: -1e4, kind: PieceKind::Unused });
         }
         put("tokens", Metadata::Texts(metadata.tokens.iter().map(|t| t.text.clone()).collect()));
@@ -98,7 +94,7 @@ impl Written {
     }
 
     /// The tokens of a tokenizer.json.
-    fn from_json(&self, json: &Value) -> Result<Tokens> {
+    fn from_json(&self, json: &Value, vocab: usize) -> Result<Tokens> {
         let model = &json["model"];
         for (key, what) in [
             ("dropout", "drops merges at random"),
@@ -109,7 +105,7 @@ impl Written {
                 return Err(self.fail(what));
             }
         }
-        let mut tokens = self.tokens(json)?;
+        let mut tokens = self.tokens(json, vocab)?;
         let steps = steps(&json["pre_tokenizer"]);
         let model_name = match model["type"].as_str() {
             Some("BPE") if steps.iter().any(|s| s["type"] == "ByteLevel") => "gpt2",
@@ -150,13 +146,13 @@ impl Written {
     }
 
     /// The pieces of a tokenizer.model, with the tokens that were added to them.
-    fn from_sentencepiece(&self, files: &ModelFiles, json: &Value) -> Result<Tokens> {
+    fn from_sentencepiece(&self, files: &ModelFiles, json: &Value, vocab: usize) -> Result<Tokens> {
         let name = "tokenizer.model";
         let bytes = files.read(name, MAX_SENTENCEPIECE_BYTES)?;
         let model = SentencePiece::parse(&files.path(name), &bytes.unwrap_or_default())?;
         let mut tokens = model.pieces;
         // Those from files beside it take the ids behind.
-        for added in self.tokens(json)?.into_iter().skip(tokens.len()) {
+        for added in self.tokens(json, vocab)?.into_iter().skip(tokens.len()) {
             tokens.push(added);
         }
         let kind = match model.algorithm {
@@ -176,11 +172,10 @@ impl Written {
     }
 
     /// All tokens by id, scores zero.
-    fn tokens(&self, json: &Value) -> Result<Vec<Piece>> {
-        let vocab = json["model"]["vocab"].as_object();
+    fn tokens(&self, json: &Value, vocab: usize) -> Result<Vec<Piece>> {
         let mut by_id: HashMap<u64, Piece> = HashMap::new();
         let piece = |text: &str, kind| Piece { text: text.to_owned(), score: 0.0, kind };
-        for (text, id) in vocab.into_iter().flatten() {
+        for (text, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
             let kind = if is_byte(text) { PieceKind::Byte } else { PieceKind::Normal };
             by_id.insert(id.as_u64().unwrap_or(u64::MAX), piece(text, kind));
         }
@@ -200,10 +195,9 @@ impl Written {
             };
             by_id.insert(added["id"].as_u64().unwrap_or(u64::MAX), piece(text, kind));
         }
-        let most = self.tokenizer.vocab_size() as u64;
         let end = by_id.keys().max().map_or(0, |id| id.saturating_add(1));
-        if end > 2 * most {
-            return Err(self.fail(format!("has ids up to {end} for {most} tokens")));
+        if end > vocab as u64 {
+            return Err(self.fail(format!("has ids up to {}, but the model has {vocab} tokens", end - 1)));
         }
         let unused = |id| piece(&format!("[PAD{id}]"), PieceKind::Unused);
         Ok((0..end).map(|id| by_id.remove(&id).unwrap_or_else(|| unused(id))).collect())
