@@ -61,8 +61,8 @@ impl Written {
         let tokenizer = &self.tokenizer;
         let json: Value = serde_json::from_str(&tokenizer.to_json()?).map_err(|e| self.fail(e.to_string()))?;
         let mut metadata = match files.contains("tokenizer.json") || files.gguf()?.is_some() {
-            true => self.from_json(&json, vocab)?,
-            false => self.from_sentencepiece(files, &json, vocab)?,
+            true => self.of_json(&json, vocab)?,
+            false => self.of_sentencepiece(files, &json, vocab)?,
         };
         let mut put = |key: &str, value: Metadata| metadata.entries.push((format!("tokenizer.ggml.{key}"), value));
         for id in metadata.tokens.len()..vocab {
@@ -94,7 +94,7 @@ impl Written {
     }
 
     /// The tokens of a tokenizer.json.
-    fn from_json(&self, json: &Value, vocab: usize) -> Result<Tokens> {
+    fn of_json(&self, json: &Value, vocab: usize) -> Result<Tokens> {
         let model = &json["model"];
         for (key, what) in [
             ("dropout", "drops merges at random"),
@@ -146,7 +146,7 @@ impl Written {
     }
 
     /// The pieces of a tokenizer.model, with the tokens that were added to them.
-    fn from_sentencepiece(&self, files: &ModelFiles, json: &Value, vocab: usize) -> Result<Tokens> {
+    fn of_sentencepiece(&self, files: &ModelFiles, json: &Value, vocab: usize) -> Result<Tokens> {
         let name = "tokenizer.model";
         let bytes = files.read(name, MAX_SENTENCEPIECE_BYTES)?;
         let model = SentencePiece::parse(&files.path(name), &bytes.unwrap_or_default())?;
