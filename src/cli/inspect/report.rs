@@ -355,7 +355,11 @@ impl fmt::Display for Report {
             self.context_length, self.rope_theta, self.rms_norm_eps
         )?;
         writeln!(f, "parameters      {} ({} ternary)", grouped(self.parameters), grouped(self.ternary_parameters))?;
-        let origin = if self.quantization_mode == "online" { "masters, quantised at load" } else { "packed" };
+        let origin = match self.quantization_mode {
+            "online" => "masters, quantised at load",
+            "dequantized" => "values -s, 0 and s, taken apart at load",
+            _ => "packed",
+        };
         writeln!(f, "weights         {origin}; weight_scale: {}", self.weight_scale)?;
         let types: Vec<_> = self.stored_bytes.iter().map(|(t, n)| format!("{t} {}", bytes(*n))).collect();
         writeln!(f, "stored          {} tensors: {}", self.tensors, types.join(", "))?;
