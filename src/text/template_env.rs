@@ -7,7 +7,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use std::fmt::Write as _;
 
 /// Instructions that a template may execute for one prompt. A message takes under a hundred in known templates.
-pub const TEMPLATE_FUEL: u64 = 5_000_000;
+pub const TEMPLATE_FUEL: u64 = 1_000_000;
 
 /// Largest prompt text that a template may render, in bytes.
 pub const MAX_RENDERED_BYTES: usize = 16 << 20;
@@ -15,12 +15,12 @@ pub const MAX_RENDERED_BYTES: usize = 16 << 20;
 /// Nesting of values that `tojson` follows.
 const MAX_JSON_DEPTH: usize = 64;
 
-/// An environment as transformers' `apply_chat_template` sets it up.
-pub(super) fn environment() -> Result<Environment<'static>, Error> {
+/// An environment as transformers' `apply_chat_template` sets it up, for so many instructions.
+pub(super) fn environment(fuel: u64) -> Result<Environment<'static>, Error> {
     let mut env = Environment::new();
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_auto_escape_callback(|_| AutoEscape::None);
-    env.set_fuel(Some(TEMPLATE_FUEL));
+    env.set_fuel(Some(fuel));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -164,7 +164,7 @@ mod tests {
     use minijinja::context;
 
     fn render(source: &str, ctx: Value) -> Result<String, Error> {
-        environment()?.render_str(source, ctx)
+        environment(TEMPLATE_FUEL)?.render_str(source, ctx)
     }
 
     #[test]
