@@ -211,6 +211,9 @@ fn bad_templates_name_themselves() {
         assert!(text.contains("some/tokenizer_config.json") && text.contains(reason), "{text}");
     };
     fails("{% if %}", "line 1");
+    // Found by the fuzz target: the end of a tag inside its beginning.
+    fails("{%}", "line 1");
+    fails("{% generation %}{%}", "line 1");
     fails("{{ raise_exception('System role not supported') }}", "System role not supported");
     fails("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "too many steps");
     fails("{{ strftime_now('%Q') }}", "%Q");

@@ -37,16 +37,15 @@ pub(super) fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + len];
+        let Some((tag, after)) = rest[start + 2..].split_once("%}") else { break };
         let name = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start]);
         match name {
             "generation" => out.push_str(&format!("{{%{}%}}", tag.replace(name, "if true"))),
             "endgeneration" => out.push_str(&format!("{{%{}%}}", tag.replace(name, "endif"))),
-            _ => out.push_str(&rest[start..start + len + 2]),
+            _ => out.extend(["{%", tag, "%}"]),
         }
-        rest = &rest[start + len + 2..];
+        rest = after;
     }
     out.push_str(rest);
     out
@@ -205,5 +204,8 @@ mod tests {
     fn generation_tags_are_transparent() {
         let source = without_generation_tags("a{%- generation -%} b {% endgeneration %}{% if true %}c{% endif %}{%");
         assert_eq!(source, "a{%- if true -%} b {% endif %}{% if true %}c{% endif %}{%");
+        for untouched in ["{%}", "a{%}%}", "{%%}", "{%", "{{%}", "%}{%é"] {
+            assert_eq!(without_generation_tags(untouched), untouched);
+        }
     }
 }

@@ -142,7 +142,7 @@ fn arrays_are_nested_only_so_deep() {
     for depth in 1..=limits::MAX_GGUF_ARRAY_DEPTH {
         assert!(parse(&value(ARRAY, &nest(depth))).is_ok(), "{depth}");
     }
-    for depth in [limits::MAX_GGUF_ARRAY_DEPTH + 1, 1000, 100_000] {
+    for depth in [limits::MAX_GGUF_ARRAY_DEPTH + 1, 1000, 10_000] {
         fails(&value(ARRAY, &nest(depth)), "the.key: arrays nested deeper than 4");
     }
     // Empty arrays side by side cost their own bytes and no more.
@@ -287,7 +287,7 @@ fn tokenizers_that_contradict_themselves_are_refused() {
 fn a_file_that_ends_early_says_where() {
     let bytes = good().build();
     let find = |what: &[u8]| bytes.windows(what.len()).position(|w| w == what).unwrap();
-    let key = find(b"a.number");
+    let (key, float) = (find(b"a.flag"), find(b"a.float") + b"a.float".len());
     let (string, number) = (find(b"three"), find(b"some.numbers") + b"some.numbers".len());
     let name = find(b"blocks");
     for (len, words) in [
@@ -296,8 +296,8 @@ fn a_file_that_ends_early_says_where() {
         (24, "lists 6 metadata entries, more than its bytes can hold: damaged or truncated"),
         (key - 4, "a metadata key runs past the end"),
         (key + 3, "a metadata key runs past the end"),
-        (key + 8 + 2, "a.number: runs past the end of the file: truncated?"),
-        (key + 8 + 4 + 3, "a.number: runs past the end of the file: truncated?"),
+        (float + 2, "a.float: runs past the end of the file: truncated?"),
+        (float + 4 + 3, "a.float: runs past the end of the file: truncated?"),
         (string + 2, "some.strings: runs past the end of the file: truncated?"),
         (number + 4 + 4, "some.numbers: runs past the end of the file: truncated?"),
         (number + 4 + 12 + 8, "some.numbers: an array of 3 values (i32), more than the file's bytes can hold"),
@@ -307,7 +307,7 @@ fn a_file_that_ends_early_says_where() {
         (name + 6 + 4 + 5, "tensor blocks: runs past the end of the file: truncated?"),
         (name + 6 + 4 + 16 + 4, "tensor blocks: runs past the end of the file: truncated?"),
         (bytes.len() - 1, "tensor half: its bytes 544 to 554 run past the end of the file"),
-        (bytes.len() - 300, "tensor blocks: its bytes 384 to 520 run past the end of the file"),
+        (bytes.len() - 100, "tensor blocks: its bytes 384 to 520 run past the end of the file"),
     ] {
         fails(&bytes[..len], words);
     }
@@ -375,10 +375,11 @@ fn weights_that_no_model_has_are_refused_by_tensor() {
         (0.0, "0 is no scale"),
         (-2.0, "-2 is no scale"),
         (f32::INFINITY, "inf is no scale"),
-        (1e-38, "gives 0.000000000000000000000000000000000000005, which is no scale"),
     ] {
         fails(&good.clone().tensor("blk.0.attn_q.scale", &[1], 0, scale.to_le_bytes().to_vec()), reason);
     }
+    let tiny = i2s(0x19, 1e-30).tensor("blk.0.attn_q.scale", &[1], 0, 1e-30f32.to_le_bytes().to_vec());
+    fails(&tiny, "together with the weight's own scale it gives 0, which is no scale");
     fails(&good.clone().tensor("blk.0.attn_q.scale", &[2], 0, vec![0; 8]), "shape [2] where one number is expected");
     fails(&good.clone().tensor("blk.0.attn_q.scale", &[1], 26, vec![1; 4]), "I32");
 }
@@ -418,7 +419,7 @@ fn texts_of_a_tokenizer_are_utf8_and_its_numbers_fit() {
     fails(&scored.clone().strings("tokenizer.ggml.scores", &["0"; 4]), "scores: an array of 4 values (a string)");
     let typed = scored.i32s("tokenizer.ggml.token_type", &[1, 1, 1, 2]);
     assert!(Tokenizer::open(&(&typed.write(dir.path())).into()).is_ok());
-    fails(&typed.clone().u32("tokenizer.ggml.bos_token_id", 4), "bos_token_id: 4, but there is no such token");
+    fails(&typed.clone().u32("tokenizer.ggml.bos_token_id", 4), "bos is 4, but there is no such token");
     fails(&typed.clone().strings("tokenizer.ggml.tokens", &["a", "b", "a", "<s>"]), "the same as piece 0");
     fails(&typed.clone().strings("tokenizer.ggml.tokens", &["a", "b", "", "<s>"]), "0 bytes where 1 to 256");
     fails(&typed.clone().i32s("tokenizer.ggml.token_type", &[6, 1, 1, 2]), "a byte is spelt like <0x0A>");
