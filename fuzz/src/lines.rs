@@ -8,8 +8,8 @@ const BOOL: u32 = 7;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 
-/// Bytes of a tensor's data, at most.
-const MOST_DATA: usize = 1 << 16;
+/// Bytes of a tensor's data, at most: larger files would take most of the time to write.
+const MOST_DATA: usize = 1 << 13;
 
 fn text(bytes: &[u8]) -> Vec<u8> {
     [&(bytes.len() as u64).to_le_bytes()[..], bytes].concat()
@@ -54,7 +54,9 @@ impl Writer {
         let room = if ternary { elements / 128 * 33 } else { elements.saturating_mul(8) };
         let room = room.saturating_add(64).min(MOST_DATA as u64) as usize;
         let fill = if fill.is_empty() { &[0] } else { fill };
-        self.data.extend(fill.iter().cycle().take(room));
+        let end = self.data.len() + room;
+        self.data.extend(fill.repeat(room.div_ceil(fill.len())));
+        self.data.truncate(end);
         self.data.resize(self.data.len().next_multiple_of(32), 0);
         self.tensor_count += 1;
     }
