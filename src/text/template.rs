@@ -134,7 +134,7 @@ impl ChatTemplate {
             env.add_template_owned(TEMPLATE, without_generation_tags(&source))?;
             Ok(env)
         };
-        let env = on_own_stack(fuel, compile).and_then(|env| env.map_err(|e| describe(&e)));
+        let env = on_own_stack(0, compile).and_then(|env| env.map_err(|e| describe(&e)));
         Self { shared: Arc::new(Shared { source, name: name.into(), fuel, env }) }
     }
 
