@@ -195,6 +195,20 @@ fn hostile_and_unsupported_configs_name_their_key() {
 }
 
 #[test]
+fn what_does_not_apply_is_not_kept() {
+    let with_eps = |more: &str| {
+        let quantization = format!("{{\"quant_method\": \"bitnet\", \"rms_norm_eps\": 1e-4{more}}}");
+        parse(&with(&[("quantization_config", &quantization)])).unwrap()
+    };
+    let (without, used) = (with_eps(""), with_eps(", \"use_rms_norm\": true"));
+    assert_eq!((without.quantization.rms_norm_eps, used.quantization.rms_norm_eps), (1e-6, 1e-4));
+    // Found by the fuzz target: it was kept, and gone after being written and read.
+    for config in [without, used] {
+        assert_eq!(parse(&config.to_json()).unwrap(), config);
+    }
+}
+
+#[test]
 fn malformed_json_is_refused_as_a_file() {
     let deep = format!("{}{}", r#"{"quantization_config": "#, "[".repeat(100_000));
     let ignored_deep = format!("{}{}", r#"{"x": "#, "[".repeat(100_000));

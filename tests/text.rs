@@ -211,12 +211,41 @@ fn bad_templates_name_themselves() {
         assert!(text.contains("some/tokenizer_config.json") && text.contains(reason), "{text}");
     };
     fails("{% if %}", "line 1");
+    // Found by the fuzz target: the end of a tag inside its beginning.
+    fails("{%}", "line 1");
+    fails("{% generation %}{%}", "line 1");
     fails("{{ raise_exception('System role not supported') }}", "System role not supported");
     fails("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "too many steps");
     fails("{{ strftime_now('%Q') }}", "%Q");
     let block = "x".repeat(64 << 10);
     let long = format!("{{% for a in range(1000) %}}{block}{{% endfor %}}");
     fails(&long, &MAX_RENDERED_BYTES.to_string());
+    // Beyond what any memory can hold, the library panics.
+    fails("{{ 'a\nb' | indent(9223372036854775808) }}", "panicked");
+}
+
+#[test]
+fn templates_cannot_nest_values_beyond_the_stack() {
+    let dir = directory(&[]);
+    let rendered = |loops: usize, more: &str| {
+        let source = format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for a in range({loops}) %}}{{% for b in range(9999) %}}\
+             {{% set ns.x = [ns.x] %}}{{% endfor %}}{{% endfor %}}{more}"
+        );
+        render(&ChatTemplate::new(source, "nested"), dir.path())
+    };
+    // Dropped, as deep as the steps allow; used in every way that follows values down.
+    assert!(rendered(9999, "").unwrap_err().to_string().contains("took too many steps"));
+    for (more, text) in [
+        ("end", "end"),
+        ("{{ ns.x | string | length }}", "199982"),
+        ("{{ [ns.x] == [ns.x] }}", "True"),
+        ("{{ [ns.x, [ns.x]] | sort | length }}", "2"),
+        ("{{ [ns.x, ns.x] | unique | list | length }}", "1"),
+    ] {
+        assert_eq!(rendered(10, more).unwrap(), text, "{more}");
+    }
+    assert!(rendered(10, "{{ ns.x | tojson }}").unwrap_err().to_string().contains("tojson: the value is too large"));
 }
 
 #[test]

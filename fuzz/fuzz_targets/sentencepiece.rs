@@ -3,10 +3,11 @@
 
 use candle_bitnet::text::Tokenizer;
 use candle_bitnet::text::sentencepiece::SentencePiece;
+use candle_bitnet_fuzz::allow_panics_of_libraries;
 use libfuzzer_sys::fuzz_target;
 use std::path::Path;
 
-fuzz_target!(|bytes: &[u8]| {
+fuzz_target!(init: allow_panics_of_libraries(), |bytes: &[u8]| {
     let path = Path::new("tokenizer.model");
     let Ok(model) = SentencePiece::parse(path, bytes) else { return };
     let Ok(inner) = model.to_tokenizer(path, &[], None, None) else { return };

@@ -412,7 +412,8 @@ impl Hub<'_> {
                 quoted(reason)
             ))),
             Refusal::Nonsense(reason) => {
-                other(format!("{endpoint} gives no usable answer for {what}: {}", quoted(reason)))
+                let remedy = "check HF_ENDPOINT and proxy settings";
+                other(format!("{endpoint} gives no usable answer for {what}: {}; {remedy}", quoted(reason)))
             }
         }
     }
@@ -435,6 +436,13 @@ impl Hub<'_> {
 /// The GGUF files of a repository.
 fn ggufs(listing: &Listing) -> Vec<&str> {
     listing.siblings.iter().map(|s| s.name.as_str()).filter(|name| is_gguf(name) && is_inside(name)).collect()
+}
+
+/// What an answer of the hub may lead to: names of files and, where it tells them, of their blobs. For the fuzz target.
+#[doc(hidden)]
+pub fn listed(answer: &[u8]) -> Option<Vec<(String, Option<String>)>> {
+    let inside = Listing::parse(answer).ok()?.siblings.into_iter().filter(|s| is_inside(&s.name));
+    Some(inside.map(|s| (s.name.clone(), s.identity().map(|identity| identity.etag))).collect())
 }
 
 /// Whether the cache may stand in.

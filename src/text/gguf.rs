@@ -141,7 +141,11 @@ fn kinds(gguf: &Gguf, count: usize) -> Result<Vec<PieceKind>> {
         return Err(Error::config(gguf.path(), key, format!("{} types for {count} tokens", codes.len())));
     }
     // 0 is "undefined" and as good as normal.
-    let kind = |code: f64| if code == 0.0 { Some(PieceKind::Normal) } else { PieceKind::from_code(code as u64) };
+    let kind = |code: f64| match code {
+        0.0 => Some(PieceKind::Normal),
+        code if code.fract() == 0.0 => PieceKind::from_code(code as u64),
+        _ => None,
+    };
     let known = codes
         .iter()
         .map(|c| kind(*c).ok_or_else(|| Error::config(gguf.path(), key, format!("{c} is no type of token (1 to 6)"))));

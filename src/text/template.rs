@@ -1,7 +1,7 @@
 //! Chat templates: from messages to the prompt that a model was trained on.
 
 use super::json::{MAX_JSON_BYTES, read_json};
-use super::template_env::{MAX_RENDERED_BYTES, environment, without_generation_tags};
+use super::template_env::{MAX_RENDERED_BYTES, TEMPLATE_FUEL, environment, without_generation_tags};
 use super::{Tokenizer, json};
 use crate::checkpoint::ModelFiles;
 use crate::{Error, Result};
@@ -63,10 +63,16 @@ pub struct ChatTemplate {
 struct Shared {
     source: String,
     name: String,
+    fuel: u64,
     /// The environment with the compiled template, or why it does not compile: a template that is never rendered
     /// must not keep a model from loading.
     env: std::result::Result<Environment<'static>, String>,
 }
+
+/// Stack for macros that call each other, which minijinja allows 500 deep.
+const LEAST_STACK: usize = 16 << 20;
+/// Stack for each instruction; it takes several to nest a value once more.
+const STACK_PER_STEP: usize = 256;
 
 /// Name of the only template in its environment.
 const TEMPLATE: &str = "chat_template";
@@ -116,13 +122,20 @@ impl ChatTemplate {
 
     /// A template from its source; `name` names it in errors.
     pub fn new(source: impl Into<String>, name: impl Into<String>) -> Self {
+        Self::with_fuel(source, name, TEMPLATE_FUEL)
+    }
+
+    /// [`ChatTemplate::new`] with another limit than [`super::TEMPLATE_FUEL`], for the fuzz target.
+    #[doc(hidden)]
+    pub fn with_fuel(source: impl Into<String>, name: impl Into<String>, fuel: u64) -> Self {
         let source = source.into();
-        let env = environment().and_then(|mut env| {
+        let compile = || {
+            let mut env = environment(fuel)?;
             env.add_template_owned(TEMPLATE, without_generation_tags(&source))?;
             Ok(env)
-        });
-        let env = env.map_err(|e| describe(&e));
-        Self { shared: Arc::new(Shared { source, name: name.into(), env }) }
+        };
+        let env = on_own_stack(0, compile).and_then(|env| env.map_err(|e| describe(&e)));
+        Self { shared: Arc::new(Shared { source, name: name.into(), fuel, env }) }
     }
 
     /// The error for a checkpoint without a template; `checkpoint` names it.
@@ -165,7 +178,11 @@ impl ChatTemplate {
         ];
         context.extend(tokenizer.special_tokens().map(|(key, text)| (key, Value::from(text))));
         let mut out = Bounded(Vec::new());
-        template.render_captured_to(Value::from_pairs(context), &mut out).map_err(|e| error(describe(&e)))?;
+        let rendered = on_own_stack(self.shared.fuel, || {
+            // The values that it made are dropped there as well.
+            template.render_captured_to(Value::from_pairs(context), &mut out).map(drop).map_err(|e| describe(&e))
+        });
+        rendered.and_then(|result| result).map_err(error)?;
         String::from_utf8(out.0).map_err(|_| error("rendered text is not UTF-8".into()))
     }
 
@@ -221,6 +238,17 @@ fn select(path: &Path, config: &serde_json::Value) -> Result<Option<String>> {
         return Err(bad(format!("{} bytes, but at most {MAX_TEMPLATE_BYTES} are read", source.len())));
     }
     Ok(Some(source.to_owned()))
+}
+
+/// Runs `work` on a thread whose stack holds what a template of so much fuel can nest: minijinja prints, compares and drops
+/// values by recursion. A panic there becomes an error.
+fn on_own_stack<T: Send>(fuel: u64, work: impl FnOnce() -> T + Send) -> std::result::Result<T, String> {
+    let bytes = LEAST_STACK + usize::try_from(fuel).unwrap_or(usize::MAX).saturating_mul(STACK_PER_STEP);
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| format!("no thread to render it on: {e}"))?;
+        thread.join().map_err(|_| "the template library panicked; the template cannot be used".into())
+    })
 }
 
 fn describe(error: &minijinja::Error) -> String {

@@ -7,7 +7,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use std::fmt::Write as _;
 
 /// Instructions that a template may execute for one prompt. A message takes under a hundred in known templates.
-pub const TEMPLATE_FUEL: u64 = 5_000_000;
+pub const TEMPLATE_FUEL: u64 = 1_000_000;
 
 /// Largest prompt text that a template may render, in bytes.
 pub const MAX_RENDERED_BYTES: usize = 16 << 20;
@@ -15,12 +15,12 @@ pub const MAX_RENDERED_BYTES: usize = 16 << 20;
 /// Nesting of values that `tojson` follows.
 const MAX_JSON_DEPTH: usize = 64;
 
-/// An environment as transformers' `apply_chat_template` sets it up.
-pub(super) fn environment() -> Result<Environment<'static>, Error> {
+/// An environment as transformers' `apply_chat_template` sets it up, for so many instructions.
+pub(super) fn environment(fuel: u64) -> Result<Environment<'static>, Error> {
     let mut env = Environment::new();
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_auto_escape_callback(|_| AutoEscape::None);
-    env.set_fuel(Some(TEMPLATE_FUEL));
+    env.set_fuel(Some(fuel));
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_function("raise_exception", |message: String| -> Result<String, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -37,16 +37,15 @@ pub(super) fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + len];
+        let Some((tag, after)) = rest[start + 2..].split_once("%}") else { break };
         let name = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start]);
         match name {
             "generation" => out.push_str(&format!("{{%{}%}}", tag.replace(name, "if true"))),
             "endgeneration" => out.push_str(&format!("{{%{}%}}", tag.replace(name, "endif"))),
-            _ => out.push_str(&rest[start..start + len + 2]),
+            _ => out.extend(["{%", tag, "%}"]),
         }
-        rest = &rest[start + len + 2..];
+        rest = after;
     }
     out.push_str(rest);
     out
@@ -164,7 +163,7 @@ mod tests {
     use minijinja::context;
 
     fn render(source: &str, ctx: Value) -> Result<String, Error> {
-        environment()?.render_str(source, ctx)
+        environment(TEMPLATE_FUEL)?.render_str(source, ctx)
     }
 
     #[test]
@@ -205,5 +204,8 @@ mod tests {
     fn generation_tags_are_transparent() {
         let source = without_generation_tags("a{%- generation -%} b {% endgeneration %}{% if true %}c{% endif %}{%");
         assert_eq!(source, "a{%- if true -%} b {% endif %}{% if true %}c{% endif %}{%");
+        for untouched in ["{%}", "a{%}%}", "{%%}", "{%", "{{%}", "%}{%é"] {
+            assert_eq!(without_generation_tags(untouched), untouched);
+        }
     }
 }

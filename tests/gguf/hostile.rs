@@ -3,6 +3,7 @@
 use super::builder::{ARRAY, Builder, TEXT, U32, array, text};
 use candle_bitnet::checkpoint::gguf::{Gguf, Header, Value};
 use candle_bitnet::checkpoint::limits;
+use candle_bitnet::checkpoint::{Checkpoint, ScaleStyle};
 use candle_bitnet::text::Tokenizer;
 use candle_bitnet::{Error, Result};
 use std::path::Path;
@@ -141,7 +142,7 @@ fn arrays_are_nested_only_so_deep() {
     for depth in 1..=limits::MAX_GGUF_ARRAY_DEPTH {
         assert!(parse(&value(ARRAY, &nest(depth))).is_ok(), "{depth}");
     }
-    for depth in [limits::MAX_GGUF_ARRAY_DEPTH + 1, 1000, 100_000] {
+    for depth in [limits::MAX_GGUF_ARRAY_DEPTH + 1, 1000, 10_000] {
         fails(&value(ARRAY, &nest(depth)), "the.key: arrays nested deeper than 4");
     }
     // Empty arrays side by side cost their own bytes and no more.
@@ -280,4 +281,147 @@ fn tokenizers_that_contradict_themselves_are_refused() {
     let scored = good.clone().text("tokenizer.ggml.model", "llama");
     fails(&scored.clone().f32s("tokenizer.ggml.scores", &[0.0]), "1 scores for 4 tokens");
     fails(&scored.f32s("tokenizer.ggml.scores", &[0.0, f32::NAN, 0.0, 0.0]), "score");
+}
+
+#[test]
+fn a_file_that_ends_early_says_where() {
+    let bytes = good().build();
+    let find = |what: &[u8]| bytes.windows(what.len()).position(|w| w == what).unwrap();
+    let (key, float) = (find(b"a.flag"), find(b"a.float") + b"a.float".len());
+    let (string, number) = (find(b"three"), find(b"some.numbers") + b"some.numbers".len());
+    let name = find(b"blocks");
+    for (len, words) in [
+        (2, "does not begin with GGUF"),
+        (10, "the header runs past the end of the file (10 bytes): truncated?"),
+        (24, "lists 6 metadata entries, more than its bytes can hold: damaged or truncated"),
+        (key - 4, "a metadata key runs past the end"),
+        (key + 3, "a metadata key runs past the end"),
+        (float + 2, "a.float: runs past the end of the file: truncated?"),
+        (float + 4 + 3, "a.float: runs past the end of the file: truncated?"),
+        (string + 2, "some.strings: runs past the end of the file: truncated?"),
+        (number + 4 + 4, "some.numbers: runs past the end of the file: truncated?"),
+        (number + 4 + 12 + 8, "some.numbers: an array of 3 values (i32), more than the file's bytes can hold"),
+        (name - 4, "a tensor's name runs past the end"),
+        (name + 3, "a tensor's name runs past the end"),
+        (name + 6 + 2, "tensor blocks: runs past the end of the file: truncated?"),
+        (name + 6 + 4 + 5, "tensor blocks: runs past the end of the file: truncated?"),
+        (name + 6 + 4 + 16 + 4, "tensor blocks: runs past the end of the file: truncated?"),
+        (bytes.len() - 1, "tensor half: its bytes 544 to 554 run past the end of the file"),
+        (bytes.len() - 100, "tensor blocks: its bytes 384 to 520 run past the end of the file"),
+    ] {
+        fails(&bytes[..len], words);
+    }
+    let parsed = parse(&bytes).unwrap();
+    fails(&bytes[..parsed.data_start - 1], "ends before its tensors");
+    fails(
+        &bytes[..parsed.data_start],
+        "tensor first: its bytes 0 to 384 run past the end of the file (0 bytes of data)",
+    );
+}
+
+/// A model of one weight that its type's reader gets to see.
+fn weight(kind: u32, bytes: Vec<u8>) -> Builder {
+    let arch = |key: &str| format!("bitnet-b1.58.{key}");
+    Builder::new()
+        .text("general.architecture", "bitnet-b1.58")
+        .u32(&arch("context_length"), 64)
+        .u32(&arch("embedding_length"), 256)
+        .u32(&arch("block_count"), 1)
+        .u32(&arch("feed_forward_length"), 256)
+        .u32(&arch("attention.head_count"), 2)
+        .f32(&arch("attention.layer_norm_rms_epsilon"), 1e-5)
+        .tensor("token_embd.weight", &[4, 256], 0, vec![0; 4096])
+        .tensor("blk.0.attn_q.weight", &[4, 256], kind, bytes)
+}
+
+#[test]
+fn weights_that_no_model_has_are_refused_by_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |b: &Builder| {
+        let checkpoint = Checkpoint::open(&b.write(dir.path())).unwrap();
+        checkpoint.linear("model.layers.0.self_attn.q_proj", 4, 256, ScaleStyle::Multiply)
+    };
+    let fails = |b: &Builder, reason: &str| {
+        let error = read(b).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("test.gguf: tensor blk.0.attn_q.") && error.contains(reason), "{reason:?} in {error:?}");
+    };
+    let i2s = |code: u8, scale: f32| weight(36, [vec![code; 256], scale.to_le_bytes().to_vec(), vec![0; 28]].concat());
+    // 0x19 holds the codes 0, 1, 2, 1.
+    assert!(read(&i2s(0x19, 0.5)).is_ok());
+    for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-40] {
+        fails(&i2s(0x19, scale), "weight: I2_S: ");
+        fails(&i2s(0x19, scale), "is no scale: it must be positive, finite and not denormal");
+    }
+    fails(&i2s(0x1b, 0.5), "256 of 1024 codes (25.00 %) are 3");
+    fails(&i2s(0xff, 0.5), "are 3, which no weight has");
+    // One sign and nothing else: a hole in the file.
+    fails(&i2s(0x00, 0.5), "weight: ");
+    let blocks = |kind, block: &[u8], ds: [f32; 4]| {
+        let d = |d: f32| half::f16::from_f32(d).to_le_bytes();
+        weight(kind, ds.iter().flat_map(|v| [block, &d(*v)].concat()).collect())
+    };
+    for (kind, name, codes) in [(35, "TQ2_0", &[0x19; 64][..]), (34, "TQ1_0", &[0x3c; 52])] {
+        assert!(read(&blocks(kind, codes, [0.5, 0.5, 0.0, 0.5])).is_ok());
+        for d in [-1.0, f32::NAN, f32::INFINITY] {
+            fails(&blocks(kind, codes, [d, 0.5, 0.5, 0.5]), &format!("{name}: block 0 has scale"));
+            fails(&blocks(kind, codes, [0.5, 0.5, d, 0.5]), &format!("{name}: block 0 has scale 0.5, block 2"));
+        }
+    }
+    fails(&blocks(35, &[0x1b; 64], [0.5; 4]), "invalid ternary code 3 at row 0, column");
+    // A scale of its own, which multiplies the other.
+    let good = i2s(0x19, 0.5);
+    for (scale, reason) in [
+        (f32::NAN, "NaN is no scale"),
+        (0.0, "0 is no scale"),
+        (-2.0, "-2 is no scale"),
+        (f32::INFINITY, "inf is no scale"),
+    ] {
+        fails(&good.clone().tensor("blk.0.attn_q.scale", &[1], 0, scale.to_le_bytes().to_vec()), reason);
+    }
+    let tiny = i2s(0x19, 1e-30).tensor("blk.0.attn_q.scale", &[1], 0, 1e-30f32.to_le_bytes().to_vec());
+    fails(&tiny, "together with the weight's own scale it gives 0, which is no scale");
+    fails(&good.clone().tensor("blk.0.attn_q.scale", &[2], 0, vec![0; 8]), "shape [2] where one number is expected");
+    fails(&good.clone().tensor("blk.0.attn_q.scale", &[1], 26, vec![1; 4]), "I32");
+}
+
+#[test]
+fn texts_of_a_tokenizer_are_utf8_and_its_numbers_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let fails = |b: &Builder, reason: &str| {
+        let error = Tokenizer::open(&(&b.write(dir.path())).into()).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("test.gguf: ") && error.contains(reason), "{reason:?} in {error:?}");
+    };
+    let tokens = |last: &[u8]| array(TEXT, 2, &[text(b"a"), text(last)].concat());
+    let good = tokenizer_file(&["a", "b", "ab", "<s>"], &["a b"]);
+    fails(
+        &good.clone().raw("tokenizer.ggml.tokens", ARRAY, &tokens(b"\xff")),
+        "tokenizer.ggml.tokens: a string that is",
+    );
+    fails(&good.clone().raw("tokenizer.ggml.merges", ARRAY, &tokens(b"a \xc3")), "tokenizer.ggml.merges: ");
+    fails(&good.clone().raw("tokenizer.ggml.model", TEXT, &text(b"\xff")), "tokenizer.ggml.model: not UTF-8");
+    fails(&good.clone().raw("tokenizer.ggml.pre", TEXT, &text(b"\xff")), "tokenizer.ggml.pre: not UTF-8");
+    fails(&good.clone().f32s("tokenizer.ggml.tokens", &[1.0]), "where an array of strings");
+    fails(&good.clone().strings("tokenizer.ggml.token_type", &["1"; 4]), "token_type: an array of 4 values (a string)");
+    fails(&good.clone().f32s("tokenizer.ggml.token_type", &[f32::NAN; 4]), "NaN is no type of token");
+    fails(&good.clone().f32s("tokenizer.ggml.token_type", &[1.5; 4]), "1.5 is no type of token");
+    fails(&good.clone().i32s("tokenizer.ggml.token_type", &[-1; 4]), "-1 is no type of token");
+    fails(&good.clone().u32("tokenizer.ggml.add_bos_token", 1), "add_bos_token: 1 where true or false");
+    let bos = good.clone().raw("tokenizer.ggml.bos_token_id", 11, &(-7i64).to_le_bytes());
+    fails(&bos, "tokenizer.ggml.bos_token_id: -7 where");
+    let empty = tokenizer_file(&["a", ""], &[]).i32s("tokenizer.ggml.token_type", &[1, 3]);
+    fails(&empty, "special token 1 is empty");
+    // A list of nothing, which the library could only fail on later.
+    fails(&good.clone().strings::<&str>("tokenizer.ggml.tokens", &[]), "tokenizer.ggml.");
+    fails(&good.clone().strings("tokenizer.ggml.merges", &["a b", "ab c"]), "tokenizer.ggml.merges: ");
+    let sentences = |b: &Builder| b.clone().text("tokenizer.ggml.model", "llama");
+    let scored = sentences(&good).f32s("tokenizer.ggml.scores", &[0.0; 4]);
+    fails(&scored, "no piece stands for unknown text");
+    fails(&scored.clone().strings("tokenizer.ggml.scores", &["0"; 4]), "scores: an array of 4 values (a string)");
+    let typed = scored.i32s("tokenizer.ggml.token_type", &[1, 1, 1, 2]);
+    assert!(Tokenizer::open(&(&typed.write(dir.path())).into()).is_ok());
+    fails(&typed.clone().u32("tokenizer.ggml.bos_token_id", 4), "bos is 4, but there is no such token");
+    fails(&typed.clone().strings("tokenizer.ggml.tokens", &["a", "b", "a", "<s>"]), "the same as piece 0");
+    fails(&typed.clone().strings("tokenizer.ggml.tokens", &["a", "b", "", "<s>"]), "0 bytes where 1 to 256");
+    fails(&typed.clone().i32s("tokenizer.ggml.token_type", &[6, 1, 1, 2]), "a byte is spelt like <0x0A>");
+    fails(&typed.raw("tokenizer.ggml.precompiled_charsmap", ARRAY, &array(0, 3, &[1, 2, 3])), "cut off");
 }

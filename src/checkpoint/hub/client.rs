@@ -38,6 +38,13 @@ pub(super) struct Listing {
     pub siblings: Vec<Sibling>,
 }
 
+impl Listing {
+    /// Reads the hub's answer.
+    pub fn parse(answer: &[u8]) -> Result<Self, Refusal> {
+        serde_json::from_slice(answer).map_err(|e| Refusal::Nonsense(e.to_string()))
+    }
+}
+
 /// A file of a repository.
 #[derive(Debug, Deserialize)]
 pub(super) struct Sibling {
@@ -118,9 +125,14 @@ impl<'a> Client<'a> {
     pub fn listing(&self, id: &str, revision: &str) -> Result<Listing, Refusal> {
         let url = format!("{}/api/models/{id}/revision/{}?blobs=true", self.endpoint, encoded(revision, false));
         let mut response = self.get(&url, 0)?;
-        let text = response.body_mut().with_config().limit(MAX_LISTING).read_to_string();
-        let text = text.map_err(|e| Refusal::Network(e.to_string()))?;
-        serde_json::from_str(&text).map_err(|e| Refusal::Nonsense(e.to_string()))
+        let answer = response.body_mut().with_config().limit(MAX_LISTING).read_to_vec();
+        let answer = answer.map_err(|e| match e {
+            ureq::Error::BodyExceedsLimit(_) => {
+                Refusal::Nonsense(format!("a list of files of more than {MAX_LISTING} bytes"))
+            }
+            e => network(e),
+        })?;
+        Listing::parse(&answer)
     }
 
     /// Address of a commit's file.

@@ -159,11 +159,13 @@ impl Downloads<'_> {
         let cache = |e: io::Error| Broken::Cache(Error::io(path, e));
         let mut have = part.seek(SeekFrom::End(0)).map_err(cache)?;
         self.bar.inc(have);
+        // A server that begins anew every time and never ends would otherwise look like progress.
+        let mut furthest = have;
         let (mut failures, mut restarted) = (0, false);
         loop {
             let done = match identity.size {
                 Some(size) if have == size => Ok(Some(size)),
-                _ => self.piece(part, path, url, &mut have, stop),
+                size => self.piece(part, path, url, &mut have, size, stop),
             };
             let refusal = match done {
                 Ok(total) => match self.check(part, path, identity, total)? {
@@ -179,11 +181,13 @@ impl Downloads<'_> {
                         return Err(Broken::Damaged(reason));
                     }
                 },
-                Err((Broken::Refused(refusal), progress)) => {
-                    failures = if progress { 0 } else { failures };
+                Err(Broken::Refused(refusal)) => {
+                    if have > furthest {
+                        (furthest, failures) = (have, 0);
+                    }
                     refusal
                 }
-                Err((broken, _)) => return Err(broken),
+                Err(broken) => return Err(broken),
             };
             let wait = match &refusal {
                 // What is there may be longer than the file.
@@ -209,25 +213,26 @@ impl Downloads<'_> {
         }
     }
 
-    /// One request, from `have` on; the size of the whole file if the answer tells it, and with a failure whether it
-    /// brought anything.
+    /// One request, from `have` on; the size of the whole file if the answer tells it. Of more than `size` bytes only the
+    /// beginning is taken.
     fn piece(
         &self,
         part: &mut File,
         path: &Path,
         url: &str,
         have: &mut u64,
+        size: Option<u64>,
         stop: &AtomicBool,
-    ) -> Result<Option<u64>, (Broken, bool)> {
-        let cache = |e: io::Error| (Broken::Cache(Error::io(path, e)), false);
-        let response = self.client.get(url, *have).map_err(|e| (e.into(), false))?;
+    ) -> Result<Option<u64>, Broken> {
+        let cache = |e: io::Error| Broken::Cache(Error::io(path, e));
+        let response = self.client.get(url, *have)?;
         let total = if response.status().as_u16() == 206 {
             let range = header(response.headers(), "content-range").and_then(content_range);
             match range {
                 Some((from, total)) if from == *have => total,
                 _ => {
                     let reason = format!("it was asked for what follows byte {have}, and sends something else");
-                    return Err((Refusal::Nonsense(reason).into(), false));
+                    return Err(Refusal::Nonsense(reason).into());
                 }
             }
         } else {
@@ -238,27 +243,25 @@ impl Downloads<'_> {
         part.seek(SeekFrom::Start(*have)).map_err(cache)?;
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; CHUNK];
-        let mut progress = false;
-        loop {
+        while size.is_none_or(|size| *have <= size) {
             if stop.load(Ordering::Relaxed) {
-                return Err((Broken::Stopped, progress));
+                return Err(Broken::Stopped);
             }
             match body.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => {
                     part.write_all(buffer.get(..n).unwrap_or_default()).map_err(cache)?;
                     *have += n as u64;
-                    progress = true;
                     self.bar.inc(n as u64);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err((Refusal::Network(e.to_string()).into(), progress)),
+                Err(e) => return Err(Refusal::Network(e.to_string()).into()),
             }
         }
         match total {
-            Some(total) if *have < total => {
+            Some(total) if *have < total && size.is_none_or(|size| *have <= size) => {
                 let reason = format!("the connection ended after {have} of {total} bytes");
-                Err((Refusal::Network(reason).into(), progress))
+                Err(Refusal::Network(reason).into())
             }
             total => Ok(total),
         }

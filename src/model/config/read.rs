@@ -255,7 +255,8 @@ fn quantization(read: &Reader, family: Family) -> Result<Quantization> {
         Some(found) => return q.unexpected(key, found, "a list of module names"),
     };
     let use_rms_norm = q.flag("use_rms_norm", false)?;
-    let rms_norm_eps = q.eps("rms_norm_eps", 1e-6)?;
+    // Of norms that are not there it says nothing.
+    let rms_norm_eps = Some(q.eps("rms_norm_eps", 1e-6)?).filter(|_| use_rms_norm).unwrap_or(1e-6);
     Quantization::new(mode, scale_style, use_rms_norm, rms_norm_eps, modules).or_else(|e| q.fail(key, e))
 }
 
