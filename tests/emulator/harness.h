@@ -1,8 +1,12 @@
 // What the kernel suites share: device buffers, launches, random numbers, counting. Built by g++ against the
-// emulator (-DBITNET_EMULATOR) and by nvcc for a real GPU; the suites do not know which.
+// emulator (-DBITNET_EMULATOR) and by nvcc for a real GPU; the suites do not know which. With BITNET_METAL for Metal's
+// kernels, which run in the emulator only.
 #pragma once
+#ifndef BITNET_METAL
 #include "../../kernels/cuda/intrinsics.cuh"
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +19,11 @@
 #ifdef BITNET_EMULATOR
 #include <signal.h>
 #include <unistd.h>
+#ifdef BITNET_METAL
+#include <memory>
+
+#include "../../kernels/metal/common.metal"  // its words for address spaces would disturb C++ headers that come later
+#endif
 #else
 #include <cuda_runtime.h>
 #endif
@@ -54,6 +63,12 @@ inline Suite*& running() {
 inline int& thinning() {
     static int n = 1;
     return n;
+}
+
+// Cases of a suite that takes `n` by default; BITNET_REPEAT multiplies them (nightly runs).
+inline int cases(int n) {
+    const char* e = std::getenv("BITNET_REPEAT");
+    return n * std::max(1, e ? std::atoi(e) : 1);
 }
 
 inline void start_case(const std::string& what) {
