@@ -72,3 +72,18 @@ bitnet_argmax_pick(device const ulong* best [[buffer(0)]], device int* ids [[buf
     mine = best_of(mine, (threadgroup ulong*)shared, at);
     if (at.tid == 0) ids[at.group.x] = sound(mine) ? candidate_id(mine) : -1;
 }
+
+// Per-row settings, in device memory: those of CUDA (../cuda/sample.cu).
+struct SampleSettings {
+    ulong seed;
+    ulong draw;         // counter of the generator; each sample adds 1
+    float temperature;  // 0: greedy
+    float top_p;        // 1: off
+    float min_p;        // 0: off
+    float repetition;   // 1: off. l < 0 ? l * r : l / r for tokens of the prompt or the answer
+    float presence;     // 0: off. subtracted once for tokens of the answer
+    float frequency;    // 0: off. subtracted per occurrence in the answer
+    int top_k;          // 0: off
+    int slot;           // row of the marks, -1: no penalties
+};
+static_assert(sizeof(SampleSettings) == 48, "the host mirrors this struct");
