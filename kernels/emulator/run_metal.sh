@@ -52,7 +52,8 @@ kernels_of() { printf "$work/$1/%s.o " $suites main; }
 mv "$build/libbitnet_metal.so.$$" "$build/libbitnet_metal.so"
 [ "${BITNET_LIBRARY:-0}" = 1 ] && exit 0
 "$cxx" -std=c++20 -O1 -o "$build/metal_library_check" tests/emulator/metal_library_check.cpp -ldl
-"$build/metal_library_check" "$build/libbitnet_metal.so" $(grep -oE '^bitnet_[a-z0-9_]+$|^[|] .bitnet_.*' /dev/null || true)
+kernels=$(nm -DC --defined-only "$build/libbitnet_metal.so" | grep -oE ' bitnet_[a-z0-9_]+\(' | tr -d ' (')
+"$build/metal_library_check" "$build/libbitnet_metal.so" $kernels
 
 compile plain -O2
 "$cxx" $(kernels_of plain) -o "$work/plain/kernels"
