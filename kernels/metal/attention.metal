@@ -40,7 +40,7 @@ template <typename E>
 inline void decode_attention(device const float* qkv, device const float* cos_table, device const float* sin_table,
                              device const int* positions, device const int* slots, device typename E::Store* k_cache,
                              device typename E::Store* v_cache, device float* out, device float* partial,
-                             constant AttentionParams& p, threadgroup uchar* shared, Position at) {
+                             constant AttentionParams& p, threadgroup uchar* shared, thread const Position& at) {
     typedef typename E::Store Store;
     int d = p.head_dim, half_dim = d / 2, group = p.heads / p.kv_heads, blocks = tiles(group, kHeadsPerGroup);
     int token = int(at.group.z), split = int(at.group.y), kv = int(at.group.x) / blocks, part = int(at.group.x) - kv * blocks;
@@ -230,7 +230,7 @@ bitnet_decode_combine(device const float* partial [[buffer(0)]], device const in
 template <typename E>
 inline void rope_write(device float* qkv, device const float* cos_table, device const float* sin_table, device const int* positions,
                        device const int* slots, device typename E::Store* k_cache, device typename E::Store* v_cache,
-                       constant AttentionParams& p, Position at) {
+                       constant AttentionParams& p, thread const Position& at) {
     int token = int(at.group.x), d = p.head_dim, half_dim = d / 2;
     if (token >= p.tokens) return;
     int position = positions[token];

@@ -11,8 +11,10 @@
 //
 // Quantised activations: q half [tokens, padded] (codes -127..127 are exact), zero beyond k, and per token a row of stats,
 // f32 [4 + 8 k_tiles]: s_x, the sum of the codes, 0, 0, then for tile T, half h, t the weighted sums of gemv.metal.
-#ifdef BITNET_EMULATOR
+#if defined(BITNET_EMULATOR)
 #include "../emulator/metal.h"
+#elif defined(BITNET_ADDRESS_SPACES)
+#include "../emulator/opencl.h"
 #else
 #include <metal_stdlib>
 #endif
@@ -34,7 +36,9 @@ using namespace metal;
         uint lane_ [[thread_index_in_simdgroup]], uint simd_ [[simdgroup_index_in_threadgroup]],                   \
         uint width_ [[threads_per_simdgroup]]
 #define BITNET_AT Position{group_, groups_, size_.x, tid_, lane_, simd_, width_}
+#ifndef BITNET_KERNEL
 #define BITNET_KERNEL(THREADS) [[kernel, max_total_threads_per_threadgroup(THREADS)]] void
+#endif
 #ifndef BITNET_SHARED
 #define BITNET_SHARED threadgroup uchar* shared [[threadgroup(0)]]
 #endif
@@ -72,21 +76,19 @@ static_assert(sizeof(Scales) == 28, "the host mirrors this struct");
 inline int segment(constant Scales& s, int row) { return (row >= s.end[0]) + (row >= s.end[1]) + (row >= s.end[2]); }
 
 // multiplier / s_x as the sum of two floats: 49 bits. What a division leaves over is exact, so no f64 is needed.
-struct Factor {
-    float hi, lo;
-};
+typedef float2 Factor;
 inline Factor factor(float multiplier, float sx) {
     float hi = div_rn(multiplier, sx);
-    return Factor{hi, div_rn(fma(-hi, sx, multiplier), sx)};
+    return float2(hi, div_rn(fma(-hi, sx, multiplier), sx));
 }
 // acc * multiplier / s_x, rounded once: to the bit what (float)(acc * ((double)multiplier / s_x)) is, but for one output in
 // some millions. |acc| < 2^24 because K <= 132104, so it is exact as a float.
 inline float dequantise(float acc, Factor f) {
-    float product = mul_rn(acc, f.hi);
+    float product = mul_rn(acc, f.x);
 #if BITNET_BUG == 14
     return product;
 #else
-    return add_rn(product, fma(acc, f.lo, fma(acc, f.hi, -product)));
+    return add_rn(product, fma(acc, f.y, fma(acc, f.x, -product)));
 #endif
 }
 
@@ -172,8 +174,8 @@ inline float code(float v, float scale) {
 
 // x (+= add, stored): codes to q (half4 chunks), s_x and sums to stats. The caller adds the barrier that makes them visible.
 template <typename Q, typename S>
-inline void quantise_row(Row a, device float* x, device const float* add, device const float* weight, Q q, S stats,
-                         threadgroup uchar* scratch, Position at) {
+inline void quantise_row(thread const Row& a, device float* x, device const float* add, device const float* weight, Q q, S stats,
+                         threadgroup uchar* scratch, thread const Position& at) {
     threadgroup float* part_sum = (threadgroup float*)scratch;
     threadgroup float* part_max = part_sum + 8;
     threadgroup int* part_q = (threadgroup int*)(part_max + 8);

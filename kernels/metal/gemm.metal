@@ -35,7 +35,7 @@ constant constexpr int kGemmOut = 68;
 
 template <Epilogue kEpilogue>
 inline void gemm(device const uint4* weights, device const half* q, device const float* stats, device float* out,
-                 constant ProductParams& p, threadgroup uchar* shared, Position at) {
+                 constant ProductParams& p, threadgroup uchar* shared, thread const Position& at) {
     int row_tiles = tiles(p.n, kEpilogue == kGated ? 8 : 16), k_tiles = tiles(p.k, kTileCols);
     int tid = int(at.tid), tile0 = int(at.group.x) * 4, token0 = int(at.group.y) * kGemmTokens;
     threadgroup half* w_tile = (threadgroup half*)shared;

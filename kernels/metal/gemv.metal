@@ -36,7 +36,7 @@ enum Epilogue { kPlain, kResidual, kGated };
 
 // acc[h][token] += this lane's share of a unit. q4: the tile's first chunk of token 0; sums: the tile's in stats.
 template <int T, typename Q, typename S>
-inline void multiply_unit(thread float (&acc)[4][T], thread uint4 (&w)[4], Q q4, uint q_stride, S sums, uint sums_stride,
+inline void multiply_unit(thread float (&acc)[4][T], thread const uint4* w, Q q4, uint q_stride, S sums, uint sums_stride,
                           uint tokens, uint t) {
     BITNET_UNROLL
     for (int token = 0; token < T; ++token) {
@@ -73,7 +73,7 @@ inline void multiply_unit(thread float (&acc)[4][T], thread uint4 (&w)[4], Q q4,
 
 template <int T, typename Q, typename S>
 inline void multiply_units(device const uint4* weights, Q q4, uint q_stride, S stats, uint stats_stride,
-                           threadgroup atomic_int* sums, int tokens, int k_tiles, int r0, int nr, Position at) {
+                           threadgroup atomic_int* sums, int tokens, int k_tiles, int r0, int nr, thread const Position& at) {
     int units = tiles(nr, 2) * k_tiles;
     int u = int(long(units) * long(at.simd) / 8), end = int(long(units) * long(at.simd + 1) / 8);
 #if BITNET_BUG == 7
@@ -125,17 +125,14 @@ struct GemvShared {
 };
 template <int T>
 inline GemvShared gemv_shared(threadgroup uchar* shared, int row_tiles, uint groups) {
-    GemvShared s;
-    s.sums = (threadgroup int*)shared;
-    s.factors = (threadgroup Factor*)(shared + tiles(row_tiles, int(groups)) * kTileRows * 4 * T);
-    s.rest = (threadgroup uchar*)(s.factors + T * kSegments);
-    return s;
+    threadgroup Factor* factors = (threadgroup Factor*)(shared + tiles(row_tiles, int(groups)) * kTileRows * 4 * T);
+    return GemvShared{(threadgroup int*)shared, factors, (threadgroup uchar*)(factors + T * kSegments)};
 }
 
 // Everything after the activations are quantised: products, then outputs. stats: row `token` at token * stats_stride(k_tiles).
 template <Epilogue kEpilogue, int T, typename Q, typename S>
-inline void gemv_rows(device const uint4* weights, Q q4, S stats, device float* out, constant ProductParams& p, GemvShared s,
-                      int r0, int nr, Position at) {
+inline void gemv_rows(device const uint4* weights, Q q4, S stats, device float* out, constant ProductParams& p, thread const GemvShared& s,
+                      int r0, int nr, thread const Position& at) {
     int k_tiles = tiles(p.k, kTileCols), stride = stats_stride(k_tiles);
     for (int i = int(at.tid); i < p.tokens * kSegments; i += int(at.threads))
         s.factors[i] = factor(p.scales.value[i % kSegments], stats[i / kSegments * stride]);
@@ -166,7 +163,7 @@ inline void gemv_rows(device const uint4* weights, Q q4, S stats, device float* 
 
 template <Epilogue kEpilogue, int T>
 inline void gemv(device const uint4* weights, device const half4* q4, device const float* stats, device float* out,
-                 constant ProductParams& p, threadgroup uchar* shared, Position at) {
+                 constant ProductParams& p, threadgroup uchar* shared, thread const Position& at) {
     int row_tiles = tiles(p.n, kEpilogue == kGated ? 8 : 16);
     int r0 = int(long(row_tiles) * long(at.group.x) / long(at.groups.x));
     int nr = int(long(row_tiles) * long(at.group.x + 1) / long(at.groups.x)) - r0;
@@ -180,7 +177,7 @@ inline void gemv(device const uint4* weights, device const half4* q4, device con
 
 template <Epilogue kEpilogue, int T>
 inline void gemv_norm(device const uint4* weights, device const float* x, device const float* norm, device float* out,
-                      constant ProductParams& p, threadgroup uchar* shared, Position at) {
+                      constant ProductParams& p, threadgroup uchar* shared, thread const Position& at) {
     int row_tiles = tiles(p.n, kEpilogue == kGated ? 8 : 16);
     int r0 = int(long(row_tiles) * long(at.group.x) / long(at.groups.x));
     int nr = int(long(row_tiles) * long(at.group.x + 1) / long(at.groups.x)) - r0;

@@ -46,7 +46,7 @@ struct HeadI8 {
 
 template <typename W, int T>
 inline void head(device const uint4* weights, device const float* scales, device const float* x, device float* logits,
-                 constant HeadParams& p, bool scaled, Position at) {
+                 constant HeadParams& p, bool scaled, thread const Position& at) {
     constexpr int R = T <= 2 ? 8 : 4, N = W::kPerVector;
     int vectors = p.hidden / N, row_groups = tiles(p.vocab, R);
     int simds = int(at.threads / at.width), stride = int(at.groups.x) * simds;

@@ -36,7 +36,7 @@ template <typename E, int D, int kQueries, int kKeys>
 inline void prefill_attention(device const float* qkv, device const int* positions, device const int* slots,
                               device const int* starts, device const typename E::Store* k_cache,
                               device const typename E::Store* v_cache, device float* out, constant AttentionParams& p,
-                              threadgroup uchar* shared, Position at) {
+                              threadgroup uchar* shared, thread const Position& at) {
     constexpr int kStride = D + 4, kScores = kKeys + 4, kThreads = kQueries * 4;
     int sequence = int(at.group.z), head = int(at.group.y), d = p.head_dim;
     int first = starts[sequence], count = starts[sequence + 1] - first, q0 = int(at.group.x) * kQueries;
