@@ -190,7 +190,6 @@ template <class T>
 inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const T* from, ulong elements_per_row = 8, ulong2 origin = ulong2(0),
                            bool transpose = false) {
     need_32();
-    emu::sync_warp();  // a collective operation: all lanes must come
     for (uint i = 0; i < 2; ++i) {
         uint at = 2 * emu::current->lane + i, row = at / 8, col = at % 8;
         if (transpose) std::swap(row, col);
@@ -201,7 +200,6 @@ template <class T>
 inline void simdgroup_store(const simdgroup_matrix<T, 8, 8>& s, T* to, ulong elements_per_row = 8, ulong2 origin = ulong2(0),
                             bool transpose = false) {
     need_32();
-    emu::sync_warp();
     for (uint i = 0; i < 2; ++i) {
         uint at = 2 * emu::current->lane + i, row = at / 8, col = at % 8;
         if (transpose) std::swap(row, col);

@@ -37,10 +37,12 @@ void with_kernels(Cache cache, F f) {
 
 void decode_suite() {
     Random r(51);
-    for (int n = 0; n < cases(1000); n += thinning()) {
+    for (int n = 0; n < cases(3000); n += thinning()) {
         vary_order(r);
-        Setup s = random_setup(r, r.between(1, n % 16 ? 60 : 400));
-        if (n % 16 && s.heads > 8) s.heads = s.kv_heads * 3;
+        int form = n / thinning();
+        Setup s = random_setup(r, r.between(1, form % 16 ? 60 : 400));
+        s.cache = Cache(form % 3);
+        if (form % 16 && s.heads > 8) s.heads = s.kv_heads * 3;
         int tokens = r.between(1, s.slots), splits = r.pick({1, 2, 3, 5, 8, 16});
         start_case("decode heads " + std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " d " + std::to_string(s.d) + " max " + std::to_string(s.max_positions) + " splits " + std::to_string(splits) + " cache " + std::to_string(s.cache));
         std::vector<float> cos, sin;
@@ -87,10 +89,15 @@ void decode_suite() {
 
 void prefill_suite() {
     Random r(52);
-    for (int n = 0; n < cases(1000); n += thinning()) {
+    for (int n = 0; n < cases(9000); n += thinning()) {
         vary_order(r);
-        Setup s = random_setup(r, r.between(10, n % 10 ? 60 : 160));
-        if (n % 10) s.heads = s.kv_heads * r.between(1, 2);
+        int form = n / thinning(), bucket = form / 3 % 3;
+        bool small = r.below(30) != 0;
+        Setup s = random_setup(r, small ? r.between(4, 40) : r.between(40, 160));
+        s.cache = Cache(form % 3);
+        s.d = bucket == 0 ? r.pick({4, 8, 20, 32, 64}) : bucket == 1 ? r.pick({68, 100, 128}) : r.pick({132, 200, 256});
+        if (small) s.kv_heads = r.between(1, 2), s.heads = s.kv_heads * (s.kv_heads == 1 ? r.between(1, 2) : 1);
+        if (bucket == 2) s.kv_heads = 1, s.heads = small ? 1 : 2;
         int sequences = r.between(1, std::min(s.slots, 2));
         start_case("prefill heads " + std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " d " + std::to_string(s.d) + " sequences " + std::to_string(sequences) + " cache " + std::to_string(s.cache));
         std::vector<float> cos, sin;
@@ -99,7 +106,7 @@ void prefill_suite() {
         std::vector<int> starts{0}, positions, slots;
         int longest = 0;
         for (int i = 0; i < sequences; ++i) {
-            int count = std::min(s.max_positions, r.between(1, n % 10 ? 36 : s.max_positions)), first = r.below(s.max_positions - count + 1);
+            int count = std::min(s.max_positions, r.between(1, small ? 20 : s.max_positions)), first = r.below(s.max_positions - count + 1);
             longest = std::max(longest, count);
             for (int c = 0; c < count; ++c) positions.push_back(first + c), slots.push_back(sequences - 1 - i);
             starts.push_back(int(positions.size()));
@@ -110,7 +117,6 @@ void prefill_suite() {
         Buffer<uint8_t> kb(k0), vb(v0);
         Buffer<int> slot_b(slots), position_b(positions), start_b(starts);
         AttentionParams p = params_of(s, tokens, 1);
-        int bucket = s.d <= 64 ? 0 : s.d <= 128 ? 1 : 2;
         unsigned queries = bucket == 2 ? 16 : 32;
         size_t shared = std::vector<size_t>{23040, 28928, 26240}[bucket];
         with_kernels(s.cache, [&](auto k, auto*) {

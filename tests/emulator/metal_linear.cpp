@@ -138,19 +138,19 @@ void gemv_cases(int count, bool fused) {
     Random r(44 + fused);
     for (int n = 0; n < cases(count); n += thinning()) {
         vary_order(r);
-        int k = n % 40 == 7 ? r.between(1500, 3000) : n % 3 ? r.between(1, 300) : odd_k(r), rows = r.between(1, n % 9 ? 40 : 200), tokens = r.below(3) ? r.between(1, 8) : 1;
-        int epilogue = r.below(3), activation = r.below(2);
+        // Every form in turn, so that each kernel has its thousand.
+        int form = n / thinning(), size = form % 4, epilogue = form / 4 % 3, activation = r.below(2), kind = r.below(200);
+        int k = kind < 2 ? r.between(1500, 3000) : kind < 30 ? odd_k(r) : r.between(1, 200), rows = r.between(1, kind % 30 ? 30 : 200);
+        int tokens = r.between(1, 1 << size);
         bool norm = r.below(2);
         Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
-        if (n % 120 == 11) {  // real widths, and the widest row whose sums still fit (numerics.md)
-            k = std::vector<int>{2560, 6912, 8640, 132104, 14336, 23040}[n / 120 % 6];
+        if (form % 600 == 11) {  // real widths, and the widest row whose sums still fit (numerics.md)
+            k = std::vector<int>{2560, 6912, 8640, 132104, 14336, 23040}[form / 600 % 6];
             rows = r.between(1, 20);
-            tokens = k > 20000 ? 1 : r.pick({1, 8});
+            if (k > 20000) tokens = 1;
             if (k == 132104) fill = Fill::Plus;
             if (fused) k = std::min(k, 8640), tokens = 1;
         }
-        int size = tokens > 4 ? 3 : tokens > 2 ? 2 : tokens > 1 ? 1 : 0;
-        if (size < 3 && r.below(4) == 0) ++size;  // a larger variant must serve too
         int limit = 1 << size;
         start_case("gemv n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " of " + std::to_string(limit) + " epilogue " + std::to_string(epilogue));
         Product w(r, rows, k, epilogue, fill);
@@ -190,16 +190,17 @@ void gemv_cases(int count, bool fused) {
         check_equal(got, expected(w.a, w.b, act, scales, epilogue, activation, tokens, ld, before, got), "output");
     }
 }
-void gemv_suite() { gemv_cases(1200, false); }
-void gemv_norm_suite() { gemv_cases(1200, true); }
+void gemv_suite() { gemv_cases(12000, false); }
+void gemv_norm_suite() { gemv_cases(12000, true); }
 
 void gemm_suite() {
     Random r(46);
     decltype(&bitnet_gemm) forms[] = {bitnet_gemm, bitnet_gemm_residual, bitnet_gemm_gated};
-    for (int n = 0; n < cases(1000); n += thinning()) {
+    for (int n = 0; n < cases(3000); n += thinning()) {
         vary_order(r);
-        int k = n % 8 ? r.between(1, 300) : odd_k(r), rows = r.between(1, n % 10 ? 30 : 150), tokens = r.between(1, n % 10 == 1 ? 100 : 34);
-        int epilogue = r.below(3), activation = r.below(2);
+        int form = n / thinning(), epilogue = form % 3;
+        int k = form % 20 ? r.between(1, 200) : odd_k(r), rows = r.between(1, form % 30 ? 30 : 150), tokens = r.between(1, form % 30 == 1 ? 100 : 34);
+        int activation = r.below(2);
         Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
         start_case("gemm n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue));
         Product w(r, rows, k, epilogue, fill);
