@@ -1,14 +1,22 @@
 // Metal's words as C++ for OpenCL, so that clang checks the kernels' address spaces, types and overloads without a Mac
-// (kernels/emulator/address_spaces.sh). Declarations only: nothing of this runs.
+// (kernels/emulator/address_spaces.sh). Declarations only: nothing of this runs. As plain C++14, which is what Metal's language
+// is made from and OpenCL's is not, address spaces mean nothing and the rest is checked.
 #pragma once
+#ifdef __OPENCL_CPP_VERSION__
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
-
 #define device __global
 #define constant __constant
 #define threadgroup __local
 #define thread __private
+#else
+#define device
+#define constant const
+#define threadgroup
+#define thread
+typedef _Float16 half;
+#endif
 // A kernel is a plain function here (OpenCL refuses references in kernels); its attributes go.
-#define BITNET_SHARED __local uchar* shared
+#define BITNET_SHARED threadgroup uchar* shared
 #define BITNET_KERNEL(THREADS) void
 #define atomic_int metal_atomic_int
 #define atomic_uint metal_atomic_uint
@@ -103,9 +111,10 @@ typedef half simdgroup_half8x8 __attribute__((ext_vector_type(16)));
 typedef float simdgroup_float8x8 __attribute__((ext_vector_type(16)));
 template <class T, int C, int R>
 simdgroup_float8x8 make_filled_simdgroup_matrix(T v);
+#define BITNET_MATRIX_LOAD(T, SPACE) \
+    void simdgroup_load(thread simdgroup_##T##8x8& d, SPACE const T* from, ulong row, ulong2 origin = 0, bool transpose = false);
 #define BITNET_MATRIX(T)                                                                                                       \
-    void simdgroup_load(thread simdgroup_##T##8x8& d, threadgroup const T* from, ulong row, ulong2 origin = 0, bool transpose = false); \
-    void simdgroup_load(thread simdgroup_##T##8x8& d, device const T* from, ulong row, ulong2 origin = 0, bool transpose = false);      \
+    BITNET_MATRIX_LOAD(T, threadgroup)                                                                                         \
     void simdgroup_store(simdgroup_##T##8x8 s, threadgroup T* to, ulong row, ulong2 origin = 0, bool transpose = false);        \
     void simdgroup_multiply(thread simdgroup_float8x8& d, simdgroup_##T##8x8 a, simdgroup_##T##8x8 b);                          \
     void simdgroup_multiply_accumulate(thread simdgroup_float8x8& d, simdgroup_##T##8x8 a, simdgroup_##T##8x8 b, simdgroup_float8x8 c);
