@@ -25,5 +25,5 @@
     BITNET_METAL_K1248(K, bitnet_head_f32) BITNET_METAL_K1248(K, bitnet_head_i8)                                    \
     K(bitnet_embed_bf16) K(bitnet_embed_f16) K(bitnet_embed_f32) K(bitnet_embed_i8)                                 \
     K(bitnet_argmax) K(bitnet_argmax_pick) K(bitnet_mark) K(bitnet_sample_prepare) K(bitnet_sample_pick)                                                                          \
-    K(bitnet_gemm) K(bitnet_gemm_residual) K(bitnet_gemm_gated)                                                     \
+    K(bitnet_gemm) K(bitnet_gemm_residual) K(bitnet_gemm_gated) K(bitnet_gemm_64) K(bitnet_gemm_residual_64) K(bitnet_gemm_gated_64)                                                     \
     BITNET_METAL_PREFILL(K, f32) BITNET_METAL_PREFILL(K, bf16) BITNET_METAL_PREFILL(K, f16)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the Metal kernels on this CPU: builds the sources of kernels/metal with a C++20 compiler and the emulator's headers, then
-#   1. every kernel against its oracle (1000 cases and more each; 59000 in all), small whole models, and the library that lets the host
+#   1. every kernel against its oracle (1000 cases and more each; 60000 in all), small whole models, and the library that lets the host
 #      side launch kernels by name (target/emulator/libbitnet_metal.so),
 #   2. the same, thinned, with the race detector,
-#   3. each planted bug (BITNET_BUG=n in the sources): the suites must fail, or the proof above proves nothing.
+#   3. each planted bug (BITNET_BUG=n): the suites must fail, or the proof above proves nothing.
 #   kernels/emulator/run_metal.sh [c++ compiler]     CXX also works; default g++
 # BITNET_QUICK=1: the library and a tenth of step 1. BITNET_LIBRARY=1: the library only. BITNET_REPEAT=n: n times the cases (nightly).
 set -euo pipefail
@@ -74,29 +74,19 @@ for s in $suites; do start "$work/races/kernels" 50 "$s"; done
 start "$work/races/model" 10
 finish
 # The detector sees a missing barrier whether or not a result is wrong.
-"$cxx" $flags -O1 -DBITNET_RACES -fsanitize=thread -DBITNET_BUG=2 -c "$(source_of linear)" -o "$work/races/bug.o"
-"$cxx" "$work/races/bug.o" $(printf "$work/races/%s.o " attention head main races) -o "$work/races/bug"
-if [ "$({ "$work/races/bug" 400 linear 2>&1 || true; } | grep -c 'data races')" = 0 ]; then
+if [ "$({ BITNET_BUG=2 "$work/races/kernels" 400 linear 2>&1 || true; } | grep -c 'data races')" = 0 ]; then
     echo "race detector: a missing barrier was NOT FOUND" >&2
     exit 1
 fi
 echo "race detector: a missing barrier was found"
 
-# Bug n lives in the sources included by the suite named here; only that object is built again. Each must be found by
-# wrong results (the race detector is not needed).
+# Bug n lives in the sources included by the suite named here. Each must be found by wrong results (the race detector is not
+# needed).
 planted="1:linear 2:linear 3:linear 4:linear 5:attention 6:attention 7:linear 8:attention 10:attention 11:linear 12:head 13:linear 14:linear 15:linear 16:head 17:head 18:head 19:head 20:linear 21:head 9:head"
 missed=0
-mkdir -p "$work/bug"
-for entry in $planted; do
-    start "$cxx" $flags -O1 -DBITNET_BUG="${entry%%:*}" -c "$(source_of "${entry##*:}")" -o "$work/bug/${entry%%:*}.o"
-done
-finish
 for entry in $planted; do
     bug=${entry%%:*} suite=${entry##*:}
-    objects=("$work/bug/$bug.o" "$work/plain/main.o")
-    for s in $suites; do [ "$s" = "$suite" ] || objects+=("$work/plain/$s.o"); done
-    "$cxx" "${objects[@]}" -o "$work/bug/kernels"
-    if BITNET_STOP=1 "$work/bug/kernels" 8 "$suite" >/dev/null 2>&1; then
+    if BITNET_BUG=$bug BITNET_STOP=1 "$work/plain/kernels" 8 "$suite" >/dev/null 2>&1; then
         echo "planted bug $bug ($suite): NOT FOUND"
         missed=1
     else

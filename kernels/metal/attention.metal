@@ -140,9 +140,7 @@ inline void decode_attention(device const float* qkv, device const float* cos_ta
                 stats[4 + simd] = sum;
             }
         }
-#if BITNET_BUG != 5
-        sync_threads();
-#endif
+        if (BITNET_BUG != 5) sync_threads();
         BITNET_UNROLL
         for (int h = 0; h < kHeadsPerGroup; ++h) {
             float m = stats[h], keep = exp_of(top[h] - m);  // the first tile's exp(-inf) is 0
@@ -214,9 +212,7 @@ bitnet_decode_combine(device const float* partial [[buffer(0)]], device const in
         l = simd_sum(l);
         if (at.lane == 0) weights[64] = l;
     }
-#if BITNET_BUG != 8
-    sync_threads();
-#endif
+    if (BITNET_BUG != 8) sync_threads();
     for (int c = int(at.tid); c < d; c += int(at.threads)) {
         float v = 0.0f;
         for (int r = 0; r < runs; ++r) v = fma(weights[r], from[r * stride + c], v);

@@ -22,7 +22,8 @@ using namespace metal;
 
 #pragma STDC FP_CONTRACT OFF
 
-// Tests plant one defect (a barrier removed, an index off by one) and require the suites to fail. 0 in what ships.
+// Tests plant one defect (a barrier removed, an index off by one) and require the suites to fail: the emulator makes this a
+// variable. 0 in what ships, where these conditions vanish.
 #ifndef BITNET_BUG
 #define BITNET_BUG 0
 #endif
@@ -85,11 +86,8 @@ inline Factor factor(float multiplier, float sx) {
 // some millions. |acc| < 2^24 because K <= 132104, so it is exact as a float.
 inline float dequantise(float acc, Factor f) {
     float product = mul_rn(acc, f.x);
-#if BITNET_BUG == 14
-    return product;
-#else
+    if (BITNET_BUG == 14) return product;
     return add_rn(product, fma(acc, f.y, fma(acc, f.x, -product)));
-#endif
 }
 
 // Activation of a gated MLP; f32 throughout (the square overflows f16 in real models).
@@ -201,9 +199,7 @@ inline void quantise_row(thread const Row& a, device float* x, device const floa
         part_sum[at.simd] = squares;
         part_max[at.simd] = peak;
     }
-#if BITNET_BUG != 1
-    sync_threads();
-#endif
+    if (BITNET_BUG != 1) sync_threads();
     squares = 0.0f;
     peak = 0.0f;
     for (int s = 0; s < 8; ++s) {

@@ -76,9 +76,7 @@ inline void multiply_units(device const uint4* weights, Q q4, uint q_stride, S s
                            threadgroup atomic_int* sums, int tokens, int k_tiles, int r0, int nr, thread const Position& at) {
     int units = tiles(nr, 2) * k_tiles;
     int u = int(long(units) * long(at.simd) / 8), end = int(long(units) * long(at.simd + 1) / 8);
-#if BITNET_BUG == 7
-    if (at.simd == 7) end -= 1;
-#endif
+    if (BITNET_BUG == 7 && at.simd == 7) end -= 1;
     uint t = at.lane & 3, g = at.lane >> 2;
     while (u < end) {
         int pair = u / k_tiles, tile = u - pair * k_tiles;
@@ -138,9 +136,7 @@ inline void gemv_rows(device const uint4* weights, Q q4, S stats, device float* 
         s.factors[i] = factor(p.scales.value[i % kSegments], stats[i / kSegments * stride]);
     multiply_units<T>(weights, q4, uint(k_tiles * (kTileCols / 4)), stats, uint(stride), (threadgroup atomic_int*)s.sums, p.tokens,
                       k_tiles, r0, nr, at);
-#if BITNET_BUG != 3
-    sync_threads();
-#endif
+    if (BITNET_BUG != 3) sync_threads();
     int rows = nr * (kEpilogue == kGated ? 8 : 16);
     for (int i = int(at.tid); i < rows * p.tokens; i += int(at.threads)) {
         int token = i / rows, row = i - token * rows;
@@ -169,9 +165,7 @@ inline void gemv(device const uint4* weights, device const half4* q4, device con
     int nr = int(long(row_tiles) * long(at.group.x + 1) / long(at.groups.x)) - r0;
     GemvShared s = gemv_shared<T>(shared, row_tiles, at.groups.x);
     for (int i = int(at.tid); i < nr * kTileRows * T; i += int(at.threads)) s.sums[i] = 0;
-#if BITNET_BUG != 2
-    sync_threads();
-#endif
+    if (BITNET_BUG != 2) sync_threads();
     gemv_rows<kEpilogue, T>(weights, q4, stats, out, p, s, r0, nr, at);
 }
 
@@ -190,9 +184,7 @@ inline void gemv_norm(device const uint4* weights, device const float* x, device
     for (int token = 0; token < p.tokens; ++token)
         quantise_row(Row{p.k, p.eps, false, p.has_norm != 0}, (device float*)x + ulong(token) * ulong(p.k), x, norm,
                      q4 + token * chunks, stats + token * stride, scratch, at);
-#if BITNET_BUG != 2
-    sync_threads();
-#endif
+    if (BITNET_BUG != 2) sync_threads();
     gemv_rows<kEpilogue, T>(weights, (threadgroup const half4*)q4, (threadgroup const float*)stats, out, p, s, r0, nr, at);
 }
 

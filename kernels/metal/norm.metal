@@ -44,9 +44,7 @@ bitnet_rmsnorm(device float* x [[buffer(0)]], device const float* add [[buffer(1
     }
     squares = simd_sum(squares);
     if (at.lane == 0) part[at.simd] = squares;
-#if BITNET_BUG != 15
-    sync_threads();
-#endif
+    if (BITNET_BUG != 15) sync_threads();
     squares = 0.0f;
     for (uint s = 0; s < at.threads / at.width; ++s) squares = add_rn(squares, part[s]);
     float r = div_rn(1.0f, precise::sqrt(add_rn(div_rn(squares, float(p.k)), p.eps)));

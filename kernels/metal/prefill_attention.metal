@@ -105,9 +105,7 @@ inline void prefill_attention(device const float* qkv, device const int* positio
         total = fma(total, keep, sum);
         if (u == 0) diagonal[r * 9] = keep;
         bool risen = simd_any(keep != 1.0f);
-#if BITNET_BUG != 6
-        sync_threads();  // K is done with, weights and factors are there
-#endif
+        if (BITNET_BUG != 6) sync_threads();  // K is done with, weights and factors are there
         load_keys<E, D, kKeys, kThreads>(keys, v_cache + base + ulong(key0) * cache_row, cache_row, n, d, tid);
         sync_threads();
         if (risen) {

@@ -36,9 +36,7 @@ inline ulong best_of(ulong mine, threadgroup ulong* part, thread const Position&
         mine = other > mine ? other : mine;
     }
     if (at.lane == 0) part[at.simd] = mine;
-#if BITNET_BUG != 19
-    sync_threads();
-#endif
+    if (BITNET_BUG != 19) sync_threads();
     for (uint s = 0; s < at.threads / at.width; ++s) mine = part[s] > mine ? part[s] : mine;
     return mine;
 }
@@ -305,9 +303,7 @@ inline ulong select_passing(thread const Pick& p, ulong target, bool by_mass, th
                 add_to(&p.s->count[bin], 1u);
             }
         }
-#if BITNET_BUG != 9
-        sync_threads();
-#endif
+        if (BITNET_BUG != 9) sync_threads();
         if (at.simd == 0) {
             // Lane 0 holds the highest bins.
             int share = kBins / int(at.width), first = kBins - 1 - int(at.lane) * share;

@@ -195,11 +195,11 @@ void gemv_norm_suite() { gemv_cases(12000, true); }
 
 void gemm_suite() {
     Random r(46);
-    decltype(&bitnet_gemm) forms[] = {bitnet_gemm, bitnet_gemm_residual, bitnet_gemm_gated};
-    for (int n = 0; n < cases(3000); n += thinning()) {
+    decltype(&bitnet_gemm) forms[2][3] = {{bitnet_gemm, bitnet_gemm_residual, bitnet_gemm_gated}, {bitnet_gemm_64, bitnet_gemm_residual_64, bitnet_gemm_gated_64}};
+    for (int n = 0; n < cases(6000); n += thinning()) {
         vary_order(r);
-        int form = n / thinning(), epilogue = form % 3;
-        int k = form % 20 ? r.between(1, 200) : odd_k(r), rows = r.between(1, form % 30 ? 30 : 150), tokens = r.between(1, form % 30 == 1 ? 100 : 34);
+        int form = n / thinning(), epilogue = form % 3, wide = form / 3 % 2, kind = r.below(30);
+        int k = kind < 1 ? odd_k(r) : r.between(1, kind < 8 ? 150 : 64), rows = r.between(1, kind ? 30 : 150), tokens = r.between(1, kind == 1 ? 150 : wide ? 66 : 34);
         int activation = r.below(2);
         Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
         start_case("gemm n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue));
@@ -212,7 +212,8 @@ void gemm_suite() {
         std::vector<float> before = normals(r, size_t(tokens) * ld);
         Buffer<float> out(before);
         Scales scales = make_scales(r, rows, w.gated);
-        launch_metal(forms[epilogue], Grid(unsigned(w.row_tiles + 3) / 4, unsigned(tokens + 31) / 32), 128, 13824, product_params(scales, 0, tokens, rows, k, ld, activation, false), w.packed->ptr(), q.ptr(), stats.ptr(), out.ptr());
+        unsigned span = wide ? 64 : 32;
+        launch_metal(forms[wide][epilogue], Grid(unsigned(w.row_tiles + 3) / 4, (unsigned(tokens) + span - 1) / span), 128, wide ? 19456 : 13824, product_params(scales, 0, tokens, rows, k, ld, activation, false), w.packed->ptr(), q.ptr(), stats.ptr(), out.ptr());
         auto got = out.host();
         check_equal(got, expected(w.a, w.b, act, scales, epilogue, activation, tokens, ld, before, got), "output");
     }

@@ -61,10 +61,11 @@ struct Model {
         }
     }
     template <class Function>
-    void gemm(Function function, Buffer<unsigned>& w, Buffer<float>& in, Buffer<float>* weight, Buffer<float>& out, const Scales& s, int tokens, int n, int k, bool gated) {
+    void gemm(Function narrow, Function wide, Buffer<unsigned>& w, Buffer<float>& in, Buffer<float>* weight, Buffer<float>& out, const Scales& s, int tokens, int n, int k, bool gated) {
         quantise(in, weight, tokens, k);
         int row_tiles = (n + (gated ? 7 : 15)) / (gated ? 8 : 16);
-        launch_metal(function, Grid(unsigned(row_tiles + 3) / 4, unsigned(tokens + 31) / 32), 128, 13824, ProductParams{s, 0, tokens, n, k, n, c.activation, 0}, w.ptr(), q.ptr(), stats.ptr(), out.ptr());
+        unsigned span = tokens > 32 ? 64 : 32;
+        launch_metal(span == 64 ? wide : narrow, Grid(unsigned(row_tiles + 3) / 4, (unsigned(tokens) + span - 1) / span), 128, span == 64 ? 19456 : 13824, ProductParams{s, 0, tokens, n, k, n, c.activation, 0}, w.ptr(), q.ptr(), stats.ptr(), out.ptr());
     }
     void embed(int tokens) {
         launch_metal(bitnet_embed_bf16, Grid(unsigned(tokens)), 256, 0, HeadParams{tokens, c.hidden, c.vocab}, table.ptr(), table.ptr(), ids.ptr(), x.ptr());
@@ -89,13 +90,13 @@ struct Model {
         put(ids, id), put(positions, position), put(slots, slot), put(starts, start);
         embed(tokens);
         for (Layer& l : layers) {
-            gemm(bitnet_gemm, *l.qkv_p, x, l.input_norm_b.get(), qkv, qkv_scales(l), tokens, c.width(), c.hidden, false);
+            gemm(bitnet_gemm, bitnet_gemm_64, *l.qkv_p, x, l.input_norm_b.get(), qkv, qkv_scales(l), tokens, c.width(), c.hidden, false);
             AttentionParams p = params(tokens, 1);
             launch_metal(bitnet_rope_write_bf16, Grid(unsigned(tokens)), 256, 0, p, qkv.ptr(), cos.ptr(), sin.ptr(), positions.ptr(), slots.ptr(), l.k_cache->ptr(), l.v_cache->ptr());
             launch_metal(bitnet_prefill_attention_bf16_64, Grid(unsigned(longest + 31) / 32, unsigned(c.heads), unsigned(prompts.size())), 128, 23040, p, qkv.ptr(), positions.ptr(), slots.ptr(), starts.ptr(), l.k_cache->ptr(), l.v_cache->ptr(), attention.ptr());
-            gemm(bitnet_gemm_residual, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of({}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
-            gemm(bitnet_gemm_gated, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of({}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
-            gemm(bitnet_gemm_residual, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of({}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
+            gemm(bitnet_gemm_residual, bitnet_gemm_residual_64, *l.o_p, attention, c.sub_norms ? l.attention_norm_b.get() : nullptr, x, scales_of({}, {l.scale[3]}), tokens, c.hidden, c.heads * c.d, false);
+            gemm(bitnet_gemm_gated, bitnet_gemm_gated_64, *l.gate_up_p, x, l.post_norm_b.get(), ffn, scales_of({}, {l.scale[4], l.scale[5]}), tokens, c.ffn, c.hidden, true);
+            gemm(bitnet_gemm_residual, bitnet_gemm_residual_64, *l.down_p, ffn, c.sub_norms ? l.ffn_norm_b.get() : nullptr, x, scales_of({}, {l.scale[6]}), tokens, c.hidden, c.ffn, false);
         }
         auto rows = x.host();
         std::vector<float> picked;
