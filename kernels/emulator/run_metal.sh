@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the Metal kernels on this CPU: builds the sources of kernels/metal with a C++20 compiler and the emulator's headers, then
-#   1. every kernel against its oracle (1000 cases and more each; 60000 in all), small whole models, and the library that lets the host
+#   1. every kernel against its oracle (1000 cases and more each; 63000 in all), small whole models, and the library that lets the host
 #      side launch kernels by name (target/emulator/libbitnet_metal.so),
 #   2. the same, thinned, with the race detector,
 #   3. each planted bug (BITNET_BUG=n): the suites must fail, or the proof above proves nothing.

@@ -106,7 +106,7 @@ void prefill_suite() {
         std::vector<int> starts{0}, positions, slots;
         int longest = 0;
         for (int i = 0; i < sequences; ++i) {
-            int count = std::min(s.max_positions, r.between(1, small ? 20 : s.max_positions)), first = r.below(s.max_positions - count + 1);
+            int count = std::min(s.max_positions, r.between(1, small ? 12 : s.max_positions)), first = r.below(s.max_positions - count + 1);
             longest = std::max(longest, count);
             for (int c = 0; c < count; ++c) positions.push_back(first + c), slots.push_back(sequences - 1 - i);
             starts.push_back(int(positions.size()));
