@@ -3,6 +3,7 @@
 
 #include "../../kernels/cuda/attention.cu"
 #include "../../kernels/cuda/prefill_attention.cu"
+#include "attention_oracle.h"
 
 using namespace harness;
 using namespace oracle;
@@ -15,123 +16,6 @@ constexpr int kRepeat =
 #else
     3;
 #endif
-
-enum Cache { kF32, kBf16, kF16 };
-unsigned bits_of(Cache c, float v) {
-    unsigned u;
-    if (c == kF32) {
-        std::memcpy(&u, &v, 4);
-        return u;
-    }
-#ifdef BITNET_EMULATOR
-    return c == kBf16 ? bitnet::float_to_bf16(v) : bitnet::float_to_f16(v);
-#else
-    __nv_bfloat16 b = __float2bfloat16_rn(v);
-    __half h = __float2half_rn(v);
-    uint16_t s;
-    std::memcpy(&s, c == kBf16 ? (void*)&b : (void*)&h, 2);
-    return s;
-#endif
-}
-double value_of(Cache c, const uint8_t* p) {
-    if (c == kF32) {
-        float f;
-        std::memcpy(&f, p, 4);
-        return f;
-    }
-    uint16_t s;
-    std::memcpy(&s, p, 2);
-    if (c == kBf16) {
-        unsigned u = unsigned(s) << 16;
-        float f;
-        std::memcpy(&f, &u, 4);
-        return f;
-    }
-    int e = s >> 10 & 31, m = s & 1023;
-    double v = e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
-    return s & 0x8000 ? -v : v;
-}
-
-struct Setup {
-    int heads, kv_heads, d, slots, max_positions;
-    Cache cache;
-    size_t element() const { return cache == kF32 ? 4 : 2; }
-    size_t at(int slot, int position, int kv) const { return ((size_t(slot) * max_positions + position) * kv_heads + kv) * d; }
-};
-
-// q rotated (not scaled), k rotated, v of one token, f64.
-std::vector<double> rotated_row(const Setup& s, const float* row, int position, const std::vector<float>& cos, const std::vector<float>& sin) {
-    std::vector<double> out(row, row + size_t(s.heads + 2 * s.kv_heads) * s.d);
-    int half = s.d / 2;
-    for (int h = 0; h < s.heads + s.kv_heads; ++h)
-        for (int i = 0; i < half; ++i) {
-            double a = row[h * s.d + i], b = row[h * s.d + i + half], c = cos[size_t(position) * half + i], n = sin[size_t(position) * half + i];
-            out[h * s.d + i] = a * c - b * n;
-            out[h * s.d + i + half] = b * c + a * n;
-        }
-    return out;
-}
-
-void attend(const Setup& s, const std::vector<double>& q, int slot, int length, const std::vector<uint8_t>& k, const std::vector<uint8_t>& v, std::vector<double>& out) {
-    for (int h = 0; h < s.heads; ++h) {
-        int kv = h / (s.heads / s.kv_heads);
-        std::vector<double> score(length);
-        double top = -1e300, sum = 0;
-        for (int p = 0; p < length; ++p) {
-            double dot = 0;
-            for (int c = 0; c < s.d; ++c) dot += q[h * s.d + c] * value_of(s.cache, &k[(s.at(slot, p, kv) + c) * s.element()]);
-            score[p] = dot / std::sqrt(double(s.d));
-            top = std::max(top, score[p]);
-        }
-        for (double& x : score) sum += (x = std::exp(x - top));
-        for (int c = 0; c < s.d; ++c) {
-            double y = 0;
-            for (int p = 0; p < length; ++p) y += score[p] * value_of(s.cache, &v[(s.at(slot, p, kv) + c) * s.element()]);
-            out.push_back(y / sum);
-        }
-    }
-}
-
-Setup random_setup(Random& r, int max_positions) {
-    Setup s;
-    s.kv_heads = r.between(1, 3);
-    s.heads = s.kv_heads * r.pick({1, 2, 3, 4, 5, 8});
-    s.d = r.pick({4, 8, 20, 32, 64, 64, 100, 128, 256});
-    if (s.d > 64) s.kv_heads = 1, s.heads = r.pick({1, 4, 6});
-    s.slots = r.between(1, 4);
-    s.max_positions = max_positions;
-    s.cache = Cache(r.below(3));
-    return s;
-}
-void tables(Random& r, const Setup& s, std::vector<float>& cos, std::vector<float>& sin) {
-    cos.resize(size_t(s.max_positions) * s.d / 2);
-    sin.resize(cos.size());
-    for (size_t i = 0; i < cos.size(); ++i) {
-        float a = r.uniform() * 6.28f;
-        cos[i] = std::cos(a);
-        sin[i] = std::sin(a);
-    }
-}
-std::vector<uint8_t> cache_of(Random& r, const Setup& s) {
-    std::vector<uint8_t> c(size_t(s.slots) * s.max_positions * s.kv_heads * s.d * s.element());
-    for (size_t i = 0; i < c.size(); i += s.element()) {
-        unsigned b = bits_of(s.cache, r.normal());
-        std::memcpy(&c[i], &b, s.element());
-    }
-    return c;
-}
-// The cache afterwards: within one unit of storage of what it must be (f32 rotation rounds differently), bit-equal elsewhere.
-void check_cache(const Setup& s, const std::vector<uint8_t>& got, const std::vector<uint8_t>& before, const std::vector<double>& want, const std::vector<uint8_t>& written, const char* what) {
-    double unit = s.cache == kF32 ? 1e-6 : s.cache == kBf16 ? 1.0 / 128 : 1.0 / 1024;
-    for (size_t i = 0; i * s.element() < got.size(); ++i) {
-        if (!written[i]) {
-            if (std::memcmp(&got[i * s.element()], &before[i * s.element()], s.element())) return mismatch(std::string(what) + ": a foreign cache entry changed");
-        } else {
-            double g = value_of(s.cache, &got[i * s.element()]);
-            if (!(std::fabs(g - want[i]) <= unit * std::fabs(want[i]) + 1e-5)) return mismatch(std::string(what) + ": cache entry " + std::to_string(g) + ", want " + std::to_string(want[i]));
-        }
-    }
-}
 
 void decode_suite() {
     Random r(11);

@@ -1,8 +1,12 @@
 // What the kernel suites share: device buffers, launches, random numbers, counting. Built by g++ against the
-// emulator (-DBITNET_EMULATOR) and by nvcc for a real GPU; the suites do not know which.
+// emulator (-DBITNET_EMULATOR) and by nvcc for a real GPU; the suites do not know which. With BITNET_METAL for Metal's
+// kernels, which run in the emulator only.
 #pragma once
+#ifndef BITNET_METAL
 #include "../../kernels/cuda/intrinsics.cuh"
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +19,11 @@
 #ifdef BITNET_EMULATOR
 #include <signal.h>
 #include <unistd.h>
+#ifdef BITNET_METAL
+#include <memory>
+
+#include "../../kernels/metal/common.metal"  // its words for address spaces would disturb C++ headers that come later
+#endif
 #else
 #include <cuda_runtime.h>
 #endif
@@ -56,6 +65,12 @@ inline int& thinning() {
     return n;
 }
 
+// Cases of a suite that takes `n` by default; BITNET_REPEAT multiplies them (nightly runs).
+inline int cases(int n) {
+    const char* e = std::getenv("BITNET_REPEAT");
+    return n * std::max(1, e ? std::atoi(e) : 1);
+}
+
 inline void start_case(const std::string& what) {
     ++running()->cases;
     running()->now = what;
@@ -63,6 +78,7 @@ inline void start_case(const std::string& what) {
 inline void mismatch(const std::string& what) {
     if (++running()->failures <= 5)
         std::fprintf(stderr, "%s: %s: %s\n", running()->name, running()->now.c_str(), what.c_str());
+    if (std::getenv("BITNET_STOP")) std::_Exit(1);  // where the first mismatch is all that is asked for
 }
 inline void check(bool ok, const char* what) {
     if (!ok) mismatch(what);

@@ -71,4 +71,31 @@ inline std::vector<float> normals(Random& r, size_t n, float scale = 1.0f) {
     return v;
 }
 
+// bf16 or f16 of a float, and back.
+inline uint16_t half_bits(bool is_bf16, float v) {
+#ifdef __CUDACC__
+    __nv_bfloat16 b = __float2bfloat16_rn(v);
+    __half h = __float2half_rn(v);
+#else
+    unsigned u;
+    std::memcpy(&u, &v, 4);
+    uint16_t b = (u & 0x7fffffff) > 0x7f800000 ? 0x7fff : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    _Float16 h = _Float16(v);
+#endif
+    uint16_t s;
+    std::memcpy(&s, is_bf16 ? (void*)&b : (void*)&h, 2);
+    return s;
+}
+inline double half_value(bool is_bf16, uint16_t s) {
+    if (is_bf16) {
+        unsigned u = unsigned(s) << 16;
+        float f;
+        std::memcpy(&f, &u, 4);
+        return f;
+    }
+    int e = s >> 10 & 31, m = s & 1023;
+    double v = e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
+    return s & 0x8000 ? -v : v;
+}
+
 }  // namespace oracle
