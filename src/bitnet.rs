@@ -202,7 +202,7 @@ impl LoadedDecoder {
             parameters: config.parameters(),
             device: backend.device_name(),
             kernel: backend.kernel_name(),
-            threads: backend.device().is_cpu().then(|| backend.cpu().pool().threads()),
+            threads: backend.is_cpu().then(|| backend.cpu().pool().threads()),
             // A driver that does not answer fails the next step, which says so.
             device_memory: backend.device_memory().ok().flatten(),
             context: self.decoder.context(),
@@ -223,7 +223,7 @@ pub struct Report {
     pub parameters: u64,
     /// The device: `cpu`, or a GPU's number and name.
     pub device: String,
-    /// The ternary kernel: the CPU's, or a GPU's compute capability.
+    /// The ternary kernel: the CPU's, or a GPU's compute capability or architecture.
     pub kernel: String,
     /// Threads of the CPU; none on a GPU.
     pub threads: Option<usize>,

@@ -3,7 +3,9 @@
 use crate::backend::Backend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{Cuda, CudaSampler, MarkUpdate, SampleSettings};
-#[cfg(feature = "cuda")]
+#[cfg(feature = "metal")]
+use crate::backend::metal::{Metal, MetalMark, MetalSampler, MetalSampling};
+#[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::generate::{DeviceSampling, MarksHeld, TokenMark};
 use crate::generate::{Sampled, Sampler};
 use crate::model::read_logits;
@@ -74,29 +76,24 @@ impl TokenDraw {
 }
 
 /// Draws on a GPU.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 #[derive(Debug)]
 struct DeviceDraw {
-    cuda: std::sync::Arc<Cuda>,
-    sampler: CudaSampler,
+    gpu: GpuSampler,
     /// Of each row.
     held: Vec<MarksHeld>,
-    settings: Vec<SampleSettings>,
+    settings: Vec<DeviceSampling>,
     marks: Vec<TokenMark>,
-    updates: Vec<MarkUpdate>,
+    updates: Vec<(usize, TokenMark)>,
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 impl DeviceDraw {
     /// None where the backend's device is the CPU.
     fn new(backend: &Backend, sequences: usize, vocab: usize) -> Result<Option<Self>> {
-        if backend.device().is_cpu() {
-            return Ok(None);
-        }
-        let cuda = backend.cuda()?.clone();
-        let sampler = CudaSampler::new(&cuda, sequences, vocab)?;
+        let Some(gpu) = GpuSampler::new(backend, sequences, vocab)? else { return Ok(None) };
         let held = (0..sequences).map(|_| MarksHeld::default()).collect();
-        Ok(Some(Self { cuda, sampler, held, settings: Vec::new(), marks: Vec::new(), updates: Vec::new() }))
+        Ok(Some(Self { gpu, held, settings: Vec::new(), marks: Vec::new(), updates: Vec::new() }))
     }
 
     /// An id for each row, negative where no token can be drawn. None if a sampler asks for what only the host can do
@@ -104,57 +101,143 @@ impl DeviceDraw {
     fn draw(&mut self, logits: &Tensor, samplers: &[Sampler]) -> Result<Option<Vec<i32>>> {
         self.settings.clear();
         self.updates.clear();
-        for (row, sampler) in samplers.iter().enumerate() {
+        for sampler in samplers {
             let Some(sampling) = sampler.on_device() else { return Ok(None) };
-            self.settings.push(settings(&sampling, row));
+            self.settings.push(sampling);
         }
         self.update_marks(samplers).inspect_err(|_| self.held.fill_with(MarksHeld::default))?;
-        self.sampler.set(&self.cuda, &self.settings)?;
-        let (storage, layout) = logits.storage_and_layout();
-        match &*storage {
-            candle_core::Storage::Cuda(storage) => {
-                self.sampler.draw(&self.cuda, &crate::ops::gpu(storage, layout)?)?;
-            }
-            _ => return Ok(None),
-        }
-        self.sampler.ids(&self.cuda).map(Some)
+        self.gpu.draw(&self.settings, logits).map(Some)
     }
 
     fn update_marks(&mut self, samplers: &[Sampler]) -> Result<()> {
         let rows = samplers.iter().zip(&self.settings).zip(&mut self.held).enumerate();
-        for (row, ((sampler, _), held)) in rows.filter(|(_, ((_, settings), _))| settings.slot >= 0) {
+        for (row, ((sampler, _), held)) in rows.filter(|(_, ((_, settings), _))| settings.has_penalties()) {
             if sampler.marks_since(held, &mut self.marks) {
-                self.sampler.clear_marks(&self.cuda, row)?;
+                self.gpu.clear_marks(row)?;
             }
-            let update = |m: &TokenMark| MarkUpdate { slot: row as i32, token: m.token as i32, mark: m.mark };
-            self.updates.extend(self.marks.iter().map(update));
+            self.updates.extend(self.marks.iter().map(|mark| (row, *mark)));
         }
-        self.sampler.mark(&self.cuda, &self.updates)
+        self.gpu.mark(&self.updates)
     }
+}
+
+/// A kind of GPU's sampler. A row's marks are in the slot of its number.
+#[cfg(any(feature = "cuda", feature = "metal"))]
+#[derive(Debug)]
+enum GpuSampler {
+    #[cfg(feature = "cuda")]
+    Cuda(std::sync::Arc<Cuda>, CudaSampler),
+    #[cfg(feature = "metal")]
+    Metal(std::sync::Arc<Metal>, MetalSampler),
+}
+
+#[cfg(any(feature = "cuda", feature = "metal"))]
+impl GpuSampler {
+    fn new(backend: &Backend, sequences: usize, vocab: usize) -> Result<Option<Self>> {
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = backend.metal() {
+            let sampler = MetalSampler::new(metal, sequences, vocab)?;
+            return Ok(Some(Self::Metal(metal.clone(), sampler)));
+        }
+        #[cfg(feature = "cuda")]
+        if let Ok(cuda) = backend.cuda() {
+            let sampler = CudaSampler::new(cuda, sequences, vocab)?;
+            return Ok(Some(Self::Cuda(cuda.clone(), sampler)));
+        }
+        Ok(None)
+    }
+
+    fn clear_marks(&mut self, row: usize) -> Result<()> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(cuda, sampler) => sampler.clear_marks(cuda, row),
+            #[cfg(feature = "metal")]
+            Self::Metal(metal, sampler) => sampler.clear_marks(metal, row),
+        }
+    }
+
+    fn mark(&mut self, updates: &[(usize, TokenMark)]) -> Result<()> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(cuda, sampler) => {
+                let update = |(row, m): &(usize, TokenMark)| MarkUpdate {
+                    slot: *row as i32,
+                    token: m.token as i32,
+                    mark: m.mark,
+                };
+                sampler.mark(cuda, &updates.iter().map(update).collect::<Vec<_>>())
+            }
+            #[cfg(feature = "metal")]
+            Self::Metal(metal, sampler) => {
+                let update = |(row, m): &(usize, TokenMark)| MetalMark {
+                    slot: *row as i32,
+                    token: m.token as i32,
+                    mark: m.mark,
+                };
+                sampler.mark(metal, &updates.iter().map(update).collect::<Vec<_>>())
+            }
+        }
+    }
+
+    fn draw(&mut self, settings: &[DeviceSampling], logits: &Tensor) -> Result<Vec<i32>> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(cuda, sampler) => {
+                let settings: Vec<_> = settings.iter().enumerate().map(|(row, s)| cuda_settings(s, row)).collect();
+                sampler.set(cuda, &settings)?;
+                let (storage, layout) = logits.storage_and_layout();
+                let candle_core::Storage::Cuda(storage) = &*storage else {
+                    return Err(Error::Shape {
+                        op: "sample",
+                        reason: "the logits lie elsewhere than on the GPU".into(),
+                    });
+                };
+                sampler.draw(cuda, &crate::ops::gpu(storage, layout)?)?;
+                sampler.ids(cuda)
+            }
+            #[cfg(feature = "metal")]
+            Self::Metal(metal, sampler) => {
+                let settings: Vec<_> = settings.iter().enumerate().map(|(row, s)| metal_settings(s, row)).collect();
+                sampler.set(metal, &settings)?;
+                crate::ops::metal_logits(logits, |logits| sampler.draw(metal, logits))?;
+                sampler.ids(metal)
+            }
+        }
+    }
+}
+
+/// A row's settings as a kind of GPU takes them.
+#[cfg(any(feature = "cuda", feature = "metal"))]
+macro_rules! settings {
+    ($name:ident, $settings:ident) => {
+        fn $name(s: &DeviceSampling, row: usize) -> $settings {
+            $settings {
+                seed: s.seed,
+                draw: s.draw,
+                temperature: s.temperature,
+                top_p: s.top_p,
+                min_p: s.min_p,
+                repetition: s.repetition_penalty,
+                presence: s.presence_penalty,
+                frequency: s.frequency_penalty,
+                top_k: i32::try_from(s.top_k).unwrap_or(i32::MAX),
+                slot: if s.has_penalties() { row as i32 } else { -1 },
+            }
+        }
+    };
 }
 
 #[cfg(feature = "cuda")]
-fn settings(s: &DeviceSampling, row: usize) -> SampleSettings {
-    SampleSettings {
-        seed: s.seed,
-        draw: s.draw,
-        temperature: s.temperature,
-        top_p: s.top_p,
-        min_p: s.min_p,
-        repetition: s.repetition_penalty,
-        presence: s.presence_penalty,
-        frequency: s.frequency_penalty,
-        top_k: i32::try_from(s.top_k).unwrap_or(i32::MAX),
-        slot: if s.has_penalties() { row as i32 } else { -1 },
-    }
-}
+settings!(cuda_settings, SampleSettings);
+#[cfg(feature = "metal")]
+settings!(metal_settings, MetalSampling);
 
 /// This build has no device to draw on.
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(any(feature = "cuda", feature = "metal")))]
 #[derive(Debug)]
 enum DeviceDraw {}
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(any(feature = "cuda", feature = "metal")))]
 impl DeviceDraw {
     fn new(_: &Backend, _: usize, _: usize) -> Result<Option<Self>> {
         Ok(None)
@@ -196,21 +279,23 @@ mod tests {
     }
 
     /// Rows with penalties, which a GPU keeps marks for, beside one without and one that only the host can draw.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "metal"))]
     #[test]
     fn a_gpu_draws_each_row_as_the_host_does() {
-        if crate::backend::cuda::count() == 0 {
-            eprintln!("there is no CUDA device here, nothing was run");
+        let (found, why) = crate::backend::auto_device();
+        if found == crate::DeviceChoice::Cpu {
+            eprintln!("there is no GPU here ({why}), nothing was run");
             return;
         }
-        let gpu = crate::backend::cuda::open(0).unwrap();
+        let gpu = crate::select_device(found).unwrap();
         let greedy = || GenerateOptions::new().greedy();
         for last in [greedy().presence_penalty(0.5), greedy().logit_bias(2, 9.0)] {
             let run = |device: &Device| {
                 let all = [greedy().repetition_penalty(2.0), greedy(), greedy().frequency_penalty(1.0), last.clone()];
                 let mut samplers = all.map(sampler);
-                let mut draw = TokenDraw::new(&Backend::for_device(device).unwrap(), 4, 4).unwrap();
-                let logits = Tensor::new(&[[4.0f32, 3.0, 2.9, 0.5]; 4], device).unwrap();
+                let backend = Backend::for_device(device).unwrap();
+                let mut draw = TokenDraw::new(&backend, 4, 4).unwrap();
+                let logits = Tensor::new(&[[4.0f32, 3.0, 2.9, 0.5]; 4], backend.device()).unwrap();
                 let (mut drawn, mut all) = (Vec::new(), Vec::new());
                 for _ in 0..5 {
                     draw.draw(&logits, &mut samplers, &mut drawn).unwrap();

@@ -22,6 +22,9 @@ mod gguf;
 mod hostile;
 #[path = "cli/logits.rs"]
 mod logits;
+#[cfg(feature = "metal")]
+#[path = "cli/metal.rs"]
+mod metal;
 #[path = "cli/perplexity.rs"]
 mod perplexity;
 #[path = "cli/tools.rs"]
@@ -39,7 +42,8 @@ fn model(name: &str) -> String {
 }
 
 /// Settings that hide this machine's GPUs, the emulator's too.
-const NO_GPUS: [(&str, &str); 2] = [("CUDA_VISIBLE_DEVICES", ""), ("BITNET_EMULATED_DEVICES", "0")];
+const NO_GPUS: [(&str, &str); 3] =
+    [("CUDA_VISIBLE_DEVICES", ""), ("BITNET_METAL_DEVICES", "0"), ("BITNET_EMULATED_DEVICES", "0")];
 
 /// What an error says where a GPU is asked for, and this build has no kernels for it or all are hidden.
 const NO_GPU: &str = if cfg!(feature = "cuda") { "CUDA" } else { "--features cuda" };

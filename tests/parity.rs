@@ -45,7 +45,7 @@ fn load_everywhere(name: &str) -> Vec<Decoder> {
 /// step, so there an activation's code may differ now and then.
 fn same(model: &Decoder, a: &[f32], b: &[f32]) -> bool {
     let near = || a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f32>() < 0.02 * a.len() as f32;
-    a.len() == b.len() && if model.backend().device().is_cpu() { a == b } else { near() }
+    a.len() == b.len() && if model.backend().is_cpu() { a == b } else { near() }
 }
 
 /// Logits of one prompt, given to the model in pieces of `chunk` tokens.
@@ -92,7 +92,7 @@ fn logits_pass_on_gpus_and_replayed_steps_give_the_same_bits() {
                 };
                 let got = compute(&replayed);
                 expected.judge(&got).unwrap_or_else(|e| panic!("{name} on {gpu:?}, pieces of {chunk}: {e}"));
-                if chunk == 1 {
+                if chunk == 1 && gpu.is_cuda() {
                     assert!(got == compute(&plain), "{name} on {gpu:?}: graphs change logits");
                 }
             }

@@ -1,10 +1,10 @@
 //! What enums with a variant for each kind of device share.
 
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::Error;
 
 /// The error for an operand of another device than the operation's.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 pub(super) fn elsewhere(what: &'static str, device: &'static str) -> Error {
     Error::Shape { op: what, reason: format!("lies on another device than {device}, where the operation runs") }
 }
@@ -16,6 +16,8 @@ macro_rules! on_any {
             Self::Cpu($inner) => $result,
             #[cfg(feature = "cuda")]
             Self::Cuda($inner) => $result,
+            #[cfg(feature = "metal")]
+            Self::Metal($inner) => $result,
         }
     };
 }
@@ -30,8 +32,8 @@ macro_rules! on_cpu {
         pub(crate) fn cpu(&self) -> $crate::Result<&$cpu> {
             match self {
                 Self::Cpu(inner) => Ok(inner),
-                #[cfg(feature = "cuda")]
-                Self::Cuda(_) => Err($crate::backend::any::elsewhere($what, "the CPU")),
+                #[cfg(any(feature = "cuda", feature = "metal"))]
+                _ => Err($crate::backend::any::elsewhere($what, "the CPU")),
             }
         }
     };
@@ -39,8 +41,8 @@ macro_rules! on_cpu {
 
 /// What lies on a GPU, for operations that run there.
 macro_rules! on_gpu {
-    ($what:literal, $cuda:ident) => {
-        /// What lies on a GPU.
+    ($what:literal, $cuda:ident, $metal:ident) => {
+        /// What lies on an NVIDIA GPU.
         ///
         /// # Errors
         /// [`crate::Error::Shape`] if it lies elsewhere.
@@ -48,7 +50,19 @@ macro_rules! on_gpu {
         pub(crate) fn cuda(&self) -> $crate::Result<&$cuda> {
             match self {
                 Self::Cuda(inner) => Ok(inner),
-                Self::Cpu(_) => Err($crate::backend::any::elsewhere($what, "the GPU")),
+                _ => Err($crate::backend::any::elsewhere($what, "the GPU")),
+            }
+        }
+
+        /// What lies on an Apple GPU.
+        ///
+        /// # Errors
+        /// [`crate::Error::Shape`] if it lies elsewhere.
+        #[cfg(feature = "metal")]
+        pub(crate) fn metal(&self) -> $crate::Result<&$metal> {
+            match self {
+                Self::Metal(inner) => Ok(inner),
+                _ => Err($crate::backend::any::elsewhere($what, "the GPU")),
             }
         }
     };

@@ -4,6 +4,8 @@ use super::any::{on_any, on_gpu};
 use super::attention::RowPosition;
 #[cfg(feature = "cuda")]
 use super::cuda::CudaBatch;
+#[cfg(feature = "metal")]
+use super::metal::MetalBatch;
 use crate::{Error, Result};
 
 /// The tokens of a forward pass where a device's kernels read them, made once and filled for every pass.
@@ -12,9 +14,12 @@ use crate::{Error, Result};
 pub enum Batch {
     /// In this machine's memory.
     Cpu(HostBatch),
-    /// In a GPU's memory, with a copy in this machine's.
+    /// In an NVIDIA GPU's memory, with a copy in this machine's.
     #[cfg(feature = "cuda")]
     Cuda(CudaBatch),
+    /// In memory that an Apple GPU reads, with a copy in this machine's own.
+    #[cfg(feature = "metal")]
+    Metal(MetalBatch),
 }
 
 impl Batch {
@@ -51,7 +56,7 @@ impl Batch {
         on_any!(self, batch => batch.rows())
     }
 
-    on_gpu!("batch", CudaBatch);
+    on_gpu!("batch", CudaBatch, MetalBatch);
 }
 
 /// A batch in this machine's memory; a batch of another device has one beside it.

@@ -2,10 +2,16 @@
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::select::DeviceChoice;
+#[cfg(feature = "metal")]
+use super::metal;
 #[cfg(not(feature = "cuda"))]
-use super::select::{CUDA_REMEDY, not_built};
-use crate::Result;
+use super::select::CUDA_REMEDY;
+use super::select::DeviceChoice;
+#[cfg(not(feature = "metal"))]
+use super::select::METAL_REMEDY;
+#[cfg(not(all(feature = "cuda", feature = "metal")))]
+use super::select::not_built;
+use crate::{Error, Result};
 
 /// A GPU that its driver shows to this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,11 +20,14 @@ pub struct Gpu {
     pub device: DeviceChoice,
     /// Marketing name.
     pub name: String,
-    /// Compute capability, major and minor.
-    pub compute: (u32, u32),
-    /// The newest CUDA version that its driver knows, major and minor.
-    pub driver: (u32, u32),
-    /// Bytes of its memory.
+    /// Compute capability of an NVIDIA GPU, major and minor.
+    pub compute: Option<(u32, u32)>,
+    /// The newest CUDA version that an NVIDIA GPU's driver knows, major and minor.
+    pub driver: Option<(u32, u32)>,
+    /// Architecture of an Apple GPU.
+    pub architecture: Option<String>,
+    /// Bytes of its memory; of an Apple GPU, which shares the machine's, the most that it should be given (Metal's
+    /// recommended working set).
     pub total_memory: usize,
     /// Why this build's kernels do not run on it.
     pub problem: Option<String>,
@@ -28,63 +37,90 @@ impl Gpu {
     /// Bytes of its memory that no process uses. Opens the GPU, which takes a moment.
     ///
     /// # Errors
-    /// [`crate::Error::Unavailable`] if the driver does not answer.
-    #[cfg(feature = "cuda")]
+    /// [`Error::Unavailable`] if the driver does not answer, as Metal never does.
     pub fn free_memory(&self) -> Result<usize> {
         match self.device {
+            #[cfg(feature = "cuda")]
             DeviceChoice::Cuda(ordinal) => cuda::free_memory(ordinal),
-            _ => Ok(0),
+            device => Err(Error::Unavailable {
+                what: format!("the free memory of {device}"),
+                reason: "its driver does not tell".into(),
+            }),
         }
-    }
-
-    /// Bytes of its memory that no process uses.
-    ///
-    /// # Errors
-    /// [`crate::Error::Unavailable`] always: this build opens no GPU.
-    #[cfg(not(feature = "cuda"))]
-    pub fn free_memory(&self) -> Result<usize> {
-        Err(not_built("cuda", CUDA_REMEDY))
     }
 }
 
-/// The GPUs that the driver shows, in its order.
+/// NVIDIA's GPUs that the driver shows, in its order.
 ///
 /// # Errors
-/// [`crate::Error::Unavailable`] if this build has no kernels for GPUs, or without a driver.
+/// [`Error::Unavailable`] if this build has no kernels for them, or without a driver.
 #[cfg(feature = "cuda")]
 pub fn gpus() -> Result<Vec<Gpu>> {
     let gpu = |chip: cuda::Chip| Gpu {
         device: DeviceChoice::Cuda(chip.ordinal),
         problem: chip.usable().err().map(|e| e.to_string()),
         name: chip.name,
-        compute: chip.compute,
-        driver: chip.driver,
+        compute: Some(chip.compute),
+        driver: Some(chip.driver),
+        architecture: None,
         total_memory: chip.total_memory,
     };
     Ok(cuda::chips()?.into_iter().map(gpu).collect())
 }
 
-/// The GPUs that the driver shows, in its order.
+/// NVIDIA's GPUs that the driver shows, in its order.
 ///
 /// # Errors
-/// [`crate::Error::Unavailable`]: this build has no kernels for GPUs.
+/// [`Error::Unavailable`]: this build has no kernels for them.
 #[cfg(not(feature = "cuda"))]
 pub fn gpus() -> Result<Vec<Gpu>> {
     Err(not_built("cuda", CUDA_REMEDY))
 }
 
-/// What [`DeviceChoice::Auto`] stands for on this machine, and why: the first GPU that this build's kernels run on, and else
-/// the CPU.
-pub fn auto_device() -> (DeviceChoice, String) {
-    let gpus = match gpus() {
-        Ok(gpus) => gpus,
-        Err(e) => return (DeviceChoice::Cpu, e.to_string()),
+/// The GPUs that Metal shows, in its order.
+///
+/// # Errors
+/// [`Error::Unavailable`] if this build has no kernels for them, or without Metal.
+#[cfg(feature = "metal")]
+pub fn metal_gpus() -> Result<Vec<Gpu>> {
+    let gpu = |chip: metal::MetalChip| Gpu {
+        device: DeviceChoice::Metal(chip.ordinal),
+        problem: chip.usable().err().map(|e| e.to_string()),
+        name: chip.name,
+        compute: None,
+        driver: None,
+        architecture: Some(chip.architecture),
+        total_memory: chip.working_set,
     };
-    match (gpus.iter().find(|g| g.problem.is_none()), gpus.first()) {
-        (Some(gpu), _) => (gpu.device, format!("the first GPU that the kernels run on: {}", gpu.name)),
-        (None, Some(Gpu { problem: Some(problem), .. })) => (DeviceChoice::Cpu, problem.clone()),
-        (None, _) => (DeviceChoice::Cpu, "the driver shows no GPU to this process".into()),
+    Ok(metal::chips()?.into_iter().map(gpu).collect())
+}
+
+/// The GPUs that Metal shows, in its order.
+///
+/// # Errors
+/// [`Error::Unavailable`]: this build has no kernels for them.
+#[cfg(not(feature = "metal"))]
+pub fn metal_gpus() -> Result<Vec<Gpu>> {
+    Err(not_built("metal", METAL_REMEDY))
+}
+
+/// What [`DeviceChoice::Auto`] stands for on this machine, and why: the first GPU that this build's kernels run on, NVIDIA's
+/// before Apple's, and else the CPU.
+pub fn auto_device() -> (DeviceChoice, String) {
+    let cuda = (cfg!(feature = "cuda") || !cfg!(any(feature = "metal", target_os = "macos"))).then(gpus);
+    let metal = cfg!(any(feature = "metal", target_os = "macos")).then(metal_gpus);
+    let mut reasons = Vec::new();
+    for found in [cuda, metal].into_iter().flatten() {
+        match found {
+            Ok(gpus) => match (gpus.iter().find(|g| g.problem.is_none()), gpus.first()) {
+                (Some(gpu), _) => return (gpu.device, format!("the first GPU that the kernels run on: {}", gpu.name)),
+                (None, Some(Gpu { problem: Some(problem), .. })) => reasons.push(problem.clone()),
+                (None, _) => reasons.push("the driver shows no GPU to this process".into()),
+            },
+            Err(e) => reasons.push(e.to_string()),
+        }
     }
+    (DeviceChoice::Cpu, reasons.join("; "))
 }
 
 #[cfg(test)]
@@ -95,10 +131,12 @@ mod tests {
     fn auto_is_a_usable_gpu_or_the_cpu() {
         let (device, why) = auto_device();
         assert!(!why.is_empty());
-        match gpus() {
-            Ok(gpus) if gpus.iter().any(|g| g.problem.is_none()) => assert!(matches!(device, DeviceChoice::Cuda(_))),
-            _ => assert_eq!(device, DeviceChoice::Cpu),
+        let usable = |found: Result<Vec<Gpu>>| found.is_ok_and(|gpus| gpus.iter().any(|g| g.problem.is_none()));
+        match (usable(gpus()), usable(metal_gpus())) {
+            (true, _) => assert!(matches!(device, DeviceChoice::Cuda(_))),
+            (false, true) => assert!(matches!(device, DeviceChoice::Metal(_))),
+            (false, false) => assert_eq!(device, DeviceChoice::Cpu),
         }
-        assert_eq!(cfg!(feature = "cuda"), !why.contains("--features cuda"));
+        assert_eq!(cfg!(any(feature = "cuda", feature = "metal")), !why.contains("--features"));
     }
 }

@@ -163,6 +163,9 @@ pub fn available_bytes() -> Option<u64> {
 
 /// Bytes of physical memory of this machine, where the system tells.
 pub fn total_bytes() -> Option<u64> {
+    #[cfg(target_os = "macos")]
+    return sysctl_number(c"hw.memsize");
+    #[cfg(not(target_os = "macos"))]
     status_kib("/proc/meminfo", "MemTotal:")
 }
 
@@ -182,7 +185,37 @@ pub fn physical_cores() -> usize {
     cores.clamp(1, allowed)
 }
 
+/// What macOS tells under a name, as bytes.
+#[cfg(target_os = "macos")]
+fn sysctl(name: &std::ffi::CStr) -> Option<Vec<u8>> {
+    let mut value = vec![0u8; 256];
+    let mut len = value.len();
+    // SAFETY: the name is a C string, the buffer as long as `len` says, and nothing is set.
+    let code =
+        unsafe { libc::sysctlbyname(name.as_ptr(), value.as_mut_ptr().cast(), &mut len, std::ptr::null_mut(), 0) };
+    value.truncate(len);
+    (code == 0).then_some(value)
+}
+
+/// A number of 4 or 8 bytes that macOS tells.
+#[cfg(target_os = "macos")]
+fn sysctl_number(name: &std::ffi::CStr) -> Option<u64> {
+    let value = sysctl(name)?;
+    match value.len() {
+        4 => Some(u32::from_ne_bytes(value.try_into().ok()?).into()),
+        8 => Some(u64::from_ne_bytes(value.try_into().ok()?)),
+        _ => None,
+    }
+}
+
+/// Cores that macOS counts.
+#[cfg(target_os = "macos")]
+fn distinct_cores() -> Option<usize> {
+    sysctl_number(c"hw.physicalcpu")?.try_into().ok().filter(|n| *n > 0)
+}
+
 /// Counts distinct (package, core) pairs in Linux's topology files.
+#[cfg(not(target_os = "macos"))]
 fn distinct_cores() -> Option<usize> {
     let mut cores = std::collections::BTreeSet::new();
     for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()? {
@@ -199,6 +232,15 @@ fn distinct_cores() -> Option<usize> {
 
 /// The processor's name, where the system tells.
 pub fn cpu_name() -> Option<String> {
+    #[cfg(target_os = "macos")]
+    return Some(String::from_utf8(sysctl(c"machdep.cpu.brand_string")?).ok()?.trim_end_matches('\0').to_owned());
+    #[cfg(not(target_os = "macos"))]
+    cpu_name_of_linux()
+}
+
+/// The model in Linux's list of processors.
+#[cfg(not(target_os = "macos"))]
+fn cpu_name_of_linux() -> Option<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())

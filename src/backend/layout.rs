@@ -42,6 +42,9 @@ pub enum LayoutId {
     /// Tiles of 16 rows by 256 columns; see `kernels/README.md`.
     #[cfg(feature = "cuda")]
     CudaTiles,
+    /// The same tiles, for Metal's kernels.
+    #[cfg(feature = "metal")]
+    MetalTiles,
 }
 
 impl LayoutId {
@@ -53,6 +56,8 @@ impl LayoutId {
             Self::CpuRows16 => "cpu-rows16",
             #[cfg(feature = "cuda")]
             Self::CudaTiles => "cuda-tiles",
+            #[cfg(feature = "metal")]
+            Self::MetalTiles => "metal-tiles",
         }
     }
 }

@@ -3,7 +3,8 @@
 use super::select::Backend;
 use crate::Result;
 
-/// Memory of a GPU, as its driver counts it for all processes.
+/// Memory of a GPU. On NVIDIA's, as the driver counts it for all processes; on Apple's, which share the machine's, what this
+/// process uses of the most that a GPU should be given (Metal's recommended working set).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
     /// Bytes that are free.
@@ -35,6 +36,10 @@ impl Backend {
         if let Ok(cuda) = self.cuda() {
             return cuda.synchronize();
         }
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = self.metal() {
+            return metal.synchronize();
+        }
         Ok(())
     }
 
@@ -46,6 +51,11 @@ impl Backend {
         #[cfg(feature = "cuda")]
         if let Ok(cuda) = self.cuda() {
             let (free, total) = cuda.memory()?;
+            return Ok(Some(DeviceMemory { free, total }));
+        }
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = self.metal() {
+            let (free, total) = metal.memory();
             return Ok(Some(DeviceMemory { free, total }));
         }
         Ok(None)
@@ -60,6 +70,10 @@ impl Backend {
         #[cfg(feature = "cuda")]
         if let Ok(cuda) = self.cuda() {
             return cuda.copy_bandwidth().map(Some);
+        }
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = self.metal() {
+            return metal.copy_bandwidth().map(Some);
         }
         Ok(None)
     }

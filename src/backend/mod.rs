@@ -1,6 +1,6 @@
 //! What a device can do: packed weights, kernels, caches. Knows nothing of models and files.
 //!
-//! `cpu` holds the kernels of this CPU, `cuda` those of NVIDIA GPUs; the device and its kernel are chosen once, in `select`.
+//! `cpu` holds the kernels of this CPU, `cuda` those of NVIDIA GPUs, `metal` those of Apple GPUs; the device and its kernel are chosen once, in `select`.
 //! What lies on a device (weights, caches, batches) is an enum with a variant for each kind. All `unsafe` code of the crate
 //! is in this room.
 
@@ -16,6 +16,8 @@ mod gpus;
 pub mod host;
 mod layout;
 mod measure;
+#[cfg(feature = "metal")]
+pub mod metal;
 mod profile;
 mod rope;
 mod select;
@@ -24,7 +26,7 @@ mod weights;
 
 pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
-pub use gpus::{Gpu, auto_device, gpus};
+pub use gpus::{Gpu, auto_device, gpus, metal_gpus};
 pub use layout::{Arrangement, LayoutId};
 pub use measure::DeviceMemory;
 pub use profile::OpTime;

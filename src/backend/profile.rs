@@ -1,4 +1,4 @@
-//! Times of operations, for `bench --profile`: on the CPU of the ops room's calls, on a GPU of kernels by events.
+//! Times of operations, for `bench --profile`: on the CPU of the ops room's calls, on a GPU of kernels, as it takes them itself.
 
 use super::select::Backend;
 use crate::Result;
@@ -73,6 +73,10 @@ impl Backend {
         if let Ok(cuda) = self.cuda() {
             return cuda.profile(on);
         }
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = self.metal() {
+            return metal.profile(on);
+        }
         self.ops.on.store(on, Ordering::Relaxed);
     }
 
@@ -85,6 +89,17 @@ impl Backend {
         if let Ok(cuda) = self.cuda() {
             let times = cuda.take_profile()?.into_iter();
             let time = |t: super::cuda::KernelTime| OpTime {
+                name: t.kernel.into(),
+                calls: t.launches,
+                seconds: t.seconds,
+                bytes: t.bytes,
+            };
+            return Ok(times.map(time).collect());
+        }
+        #[cfg(feature = "metal")]
+        if let Ok(metal) = self.metal() {
+            let times = metal.take_profile()?.into_iter();
+            let time = |t: super::metal::MetalKernelTime| OpTime {
                 name: t.kernel.into(),
                 calls: t.launches,
                 seconds: t.seconds,

@@ -4,6 +4,8 @@ use super::any::{on_any, on_cpu, on_gpu};
 use super::attention::RopeTable;
 #[cfg(feature = "cuda")]
 use super::cuda::CudaRope;
+#[cfg(feature = "metal")]
+use super::metal::MetalRope;
 
 /// The angles of the rotary embedding on a device.
 #[derive(Debug)]
@@ -11,9 +13,12 @@ use super::cuda::CudaRope;
 pub enum Rope {
     /// In this machine's memory.
     Cpu(RopeTable),
-    /// In a GPU's memory.
+    /// In an NVIDIA GPU's memory.
     #[cfg(feature = "cuda")]
     Cuda(CudaRope),
+    /// In an Apple GPU's memory.
+    #[cfg(feature = "metal")]
+    Metal(MetalRope),
 }
 
 impl Rope {
@@ -28,5 +33,5 @@ impl Rope {
     }
 
     on_cpu!("rotary angles", RopeTable);
-    on_gpu!("rotary angles", CudaRope);
+    on_gpu!("rotary angles", CudaRope, MetalRope);
 }

@@ -9,6 +9,8 @@ use super::dense_type::DenseType;
 use super::gpus::auto_device;
 use super::host::MappedFile;
 use super::layout::Arrangement;
+#[cfg(feature = "metal")]
+use super::metal::{self, Metal, MetalBatch, MetalDense, MetalKv, MetalLowRank, MetalRope};
 use super::profile::OpProfile;
 use super::rope::Rope;
 use super::steps::Steps;
@@ -72,13 +74,20 @@ pub fn select_device(choice: DeviceChoice) -> Result<Device> {
         DeviceChoice::Cuda(ordinal) => cuda::open(ordinal),
         #[cfg(not(feature = "cuda"))]
         DeviceChoice::Cuda(_) => Err(not_built("cuda", CUDA_REMEDY)),
-        DeviceChoice::Metal(_) => Err(not_built("metal", "")),
+        #[cfg(feature = "metal")]
+        DeviceChoice::Metal(ordinal) => metal::open(ordinal),
+        #[cfg(not(feature = "metal"))]
+        DeviceChoice::Metal(_) => Err(not_built("metal", METAL_REMEDY)),
     }
 }
 
 /// What to do about a build without kernels for NVIDIA GPUs.
 #[cfg(not(feature = "cuda"))]
 pub(super) const CUDA_REMEDY: &str = "build with --features cuda, or ";
+
+/// What to do about a build without kernels for Apple GPUs.
+#[cfg(not(feature = "metal"))]
+pub(super) const METAL_REMEDY: &str = "on macOS, build with --features metal; ";
 
 /// The error for a device that this build has no kernels for.
 pub(super) fn not_built(device: &'static str, remedy: &str) -> Error {
@@ -95,6 +104,8 @@ pub struct Backend {
     cpu: Arc<Cpu>,
     #[cfg(feature = "cuda")]
     cuda: Option<Arc<Cuda>>,
+    #[cfg(feature = "metal")]
+    metal: Option<Arc<Metal>>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     graphs: bool,
     /// Times of the CPU's operations.
@@ -126,6 +137,8 @@ impl Backend {
             cpu,
             #[cfg(feature = "cuda")]
             cuda: None,
+            #[cfg(feature = "metal")]
+            metal: None,
             graphs: true,
             ops: Arc::default(),
         };
@@ -135,7 +148,16 @@ impl Backend {
             Device::Cuda(device) => Ok(Self { cuda: Some(Cuda::shared(device)?), ..backend }),
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(_) => Err(not_built("cuda", CUDA_REMEDY)),
-            Device::Metal(_) => Err(not_built("metal", "")),
+            #[cfg(feature = "metal")]
+            Device::Metal(device) => {
+                let metal = Some(Metal::shared(device)?);
+                // The emulator's memory is this machine's, so its tensors are the CPU's.
+                #[cfg(not(target_os = "macos"))]
+                let backend = Self { device: Device::Cpu, ..backend };
+                Ok(Self { metal, ..backend })
+            }
+            #[cfg(not(feature = "metal"))]
+            Device::Metal(_) => Err(not_built("metal", METAL_REMEDY)),
         }
     }
 
@@ -156,21 +178,50 @@ impl Backend {
         })
     }
 
+    /// The Apple GPU.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] on another device.
+    #[cfg(feature = "metal")]
+    pub fn metal(&self) -> Result<&Arc<Metal>> {
+        self.metal.as_ref().ok_or_else(|| Error::Unavailable {
+            what: "a Metal operation".into(),
+            reason: "this model was loaded onto another device".into(),
+        })
+    }
+
+    /// Whether operations run on the CPU.
+    pub fn is_cpu(&self) -> bool {
+        #[cfg(feature = "metal")]
+        if self.metal.is_some() {
+            return false;
+        }
+        self.device.is_cpu()
+    }
+
     /// The device as reports name it: `cpu`, or a GPU's number and name.
     pub fn device_name(&self) -> String {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return format!("cuda:{} ({})", cuda.chip().ordinal, cuda.chip().name);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return format!("metal:{} ({})", metal.chip().ordinal, metal.chip().name);
+        }
         "cpu".into()
     }
 
-    /// The ternary kernel as reports name it: the CPU's, or the GPU's compute capability.
+    /// The ternary kernel as reports name it: the CPU's, or the GPU's compute capability or architecture.
     pub fn kernel_name(&self) -> String {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             let (major, minor) = cuda.chip().compute;
             return format!("sm_{major}{minor}");
+        }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return metal.chip().architecture.clone();
         }
         self.cpu.kernel().name().into()
     }
@@ -194,6 +245,10 @@ impl Backend {
         if let Some(cuda) = &self.cuda {
             return cuda.pack(weights, arrangement).map(TernaryWeight::Cuda);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return metal.pack(weights, arrangement).map(TernaryWeight::Metal);
+        }
         self.cpu.pack(weights, arrangement).map(TernaryWeight::Cpu)
     }
 
@@ -206,6 +261,10 @@ impl Backend {
         if let Some(cuda) = &self.cuda {
             return CudaBatch::new(cuda, capacity).map(Batch::Cuda);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalBatch::new(metal, capacity).map(Batch::Metal);
+        }
         HostBatch::new(capacity).map(Batch::Cpu)
     }
 
@@ -217,6 +276,10 @@ impl Backend {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return CudaRope::new(cuda, &table).map(Rope::Cuda);
+        }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalRope::new(metal, &table).map(Rope::Metal);
         }
         Ok(Rope::Cpu(table))
     }
@@ -237,6 +300,10 @@ impl Backend {
         if let Some(cuda) = &self.cuda {
             return CudaDense::mapped(cuda, dtype, rows, cols, &file, range).map(DenseWeight::Cuda);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalDense::mapped(metal, dtype, rows, cols, &file, range).map(DenseWeight::Metal);
+        }
         CpuDense::mapped(dtype, rows, cols, file, range).map(DenseWeight::Cpu)
     }
 
@@ -255,6 +322,10 @@ impl Backend {
         if let Some(cuda) = &self.cuda {
             return CudaDense::filled(cuda, dtype, rows, cols, fill).map(DenseWeight::Cuda);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalDense::filled(metal, dtype, rows, cols, fill).map(DenseWeight::Metal);
+        }
         CpuDense::owned(dtype, rows, cols, fill).map(DenseWeight::Cpu)
     }
 
@@ -267,6 +338,10 @@ impl Backend {
         if let Some(cuda) = &self.cuda {
             return CudaLowRank::pack(cuda, rank, a, b, scaling).map(LowRankWeight::Cuda);
         }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalLowRank::pack(metal, rank, a, b, scaling).map(LowRankWeight::Metal);
+        }
         CpuLowRank::pack(rank, a, b, scaling).map(LowRankWeight::Cpu)
     }
 
@@ -278,6 +353,10 @@ impl Backend {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return CudaKv::new(cuda, dtype, shape, slots, positions).map(KvLayer::Cuda);
+        }
+        #[cfg(feature = "metal")]
+        if let Some(metal) = &self.metal {
+            return MetalKv::new(metal, dtype, shape, slots, positions).map(KvLayer::Metal);
         }
         CpuKv::new(dtype, shape, slots, positions).map(KvLayer::Cpu)
     }

@@ -1,6 +1,6 @@
 //! What a model keeps on a device: weights and caches.
 
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "metal"))]
 use super::any::elsewhere;
 use super::any::{on_any, on_cpu, on_gpu};
 use super::cpu::{CpuDense, CpuKv, CpuLowRank, CpuTernary, Segment};
@@ -8,6 +8,8 @@ use super::cpu::{CpuDense, CpuKv, CpuLowRank, CpuTernary, Segment};
 use super::cuda::{CudaDense, CudaKv, CudaLowRank, CudaTernary};
 use super::dense_type::DenseType;
 use super::layout::{Arrangement, LayoutId};
+#[cfg(feature = "metal")]
+use super::metal::{MetalDense, MetalKv, MetalLowRank, MetalTernary};
 use crate::Result;
 
 /// Ternary weights packed for a device's kernel.
@@ -16,14 +18,17 @@ use crate::Result;
 pub enum TernaryWeight {
     /// For this CPU.
     Cpu(CpuTernary),
-    /// For this GPU.
+    /// For this NVIDIA GPU.
     #[cfg(feature = "cuda")]
     Cuda(CudaTernary),
+    /// For this Apple GPU.
+    #[cfg(feature = "metal")]
+    Metal(MetalTernary),
 }
 
 impl TernaryWeight {
     on_cpu!("weight", CpuTernary);
-    on_gpu!("weight", CudaTernary);
+    on_gpu!("weight", CudaTernary, MetalTernary);
 
     /// Output features of all stacked weights.
     pub fn rows(&self) -> usize {
@@ -49,8 +54,8 @@ impl TernaryWeight {
     pub fn host_bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Cpu(w) => Some(w.data()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            _ => None,
         }
     }
 
@@ -65,6 +70,8 @@ impl TernaryWeight {
             Self::Cpu(w) => w.layout(),
             #[cfg(feature = "cuda")]
             Self::Cuda(_) => LayoutId::CudaTiles,
+            #[cfg(feature = "metal")]
+            Self::Metal(_) => LayoutId::MetalTiles,
         }
     }
 }
@@ -75,14 +82,17 @@ impl TernaryWeight {
 pub enum DenseWeight {
     /// In this machine's memory.
     Cpu(CpuDense),
-    /// In a GPU's memory.
+    /// In an NVIDIA GPU's memory.
     #[cfg(feature = "cuda")]
     Cuda(CudaDense),
+    /// In an Apple GPU's memory.
+    #[cfg(feature = "metal")]
+    Metal(MetalDense),
 }
 
 impl DenseWeight {
     on_cpu!("dense weight", CpuDense);
-    on_gpu!("dense weight", CudaDense);
+    on_gpu!("dense weight", CudaDense, MetalDense);
 
     /// Output features, or embedding entries.
     pub fn rows(&self) -> usize {
@@ -105,6 +115,8 @@ impl DenseWeight {
             Self::Cpu(w) => w.bytes().len(),
             #[cfg(feature = "cuda")]
             Self::Cuda(w) => w.bytes(),
+            #[cfg(feature = "metal")]
+            Self::Metal(w) => w.bytes(),
         }
     }
 
@@ -112,8 +124,8 @@ impl DenseWeight {
     pub fn host_bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Cpu(w) => Some(w.bytes()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            _ => None,
         }
     }
 }
@@ -124,14 +136,17 @@ impl DenseWeight {
 pub enum LowRankWeight {
     /// In this machine's memory.
     Cpu(CpuLowRank),
-    /// In a GPU's memory.
+    /// In an NVIDIA GPU's memory.
     #[cfg(feature = "cuda")]
     Cuda(CudaLowRank),
+    /// In an Apple GPU's memory.
+    #[cfg(feature = "metal")]
+    Metal(MetalLowRank),
 }
 
 impl LowRankWeight {
     on_cpu!("low-rank update", CpuLowRank);
-    on_gpu!("low-rank update", CudaLowRank);
+    on_gpu!("low-rank update", CudaLowRank, MetalLowRank);
 
     /// Inner dimension.
     pub fn rank(&self) -> usize {
@@ -154,6 +169,8 @@ impl LowRankWeight {
             Self::Cpu(w) => w.data().iter().map(|d| d.len()).sum(),
             #[cfg(feature = "cuda")]
             Self::Cuda(w) => w.bytes(),
+            #[cfg(feature = "metal")]
+            Self::Metal(w) => w.bytes(),
         }
     }
 
@@ -161,8 +178,8 @@ impl LowRankWeight {
     pub fn host_bytes(&self) -> Option<[&[u8]; 2]> {
         match self {
             Self::Cpu(w) => Some(w.data()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => None,
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            _ => None,
         }
     }
 }
@@ -173,9 +190,12 @@ impl LowRankWeight {
 pub enum KvLayer {
     /// In this machine's memory.
     Cpu(CpuKv),
-    /// In a GPU's memory.
+    /// In an NVIDIA GPU's memory.
     #[cfg(feature = "cuda")]
     Cuda(CudaKv),
+    /// In an Apple GPU's memory.
+    #[cfg(feature = "metal")]
+    Metal(MetalKv),
 }
 
 impl KvLayer {
@@ -186,12 +206,12 @@ impl KvLayer {
     pub(crate) fn cpu_mut(&mut self) -> Result<&mut CpuKv> {
         match self {
             Self::Cpu(kv) => Ok(kv),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => Err(elsewhere("KV cache", "the CPU")),
+            #[cfg(any(feature = "cuda", feature = "metal"))]
+            _ => Err(elsewhere("KV cache", "the CPU")),
         }
     }
 
-    /// The cache on a GPU.
+    /// The cache on an NVIDIA GPU.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] if it lies elsewhere.
@@ -199,7 +219,19 @@ impl KvLayer {
     pub(crate) fn cuda_mut(&mut self) -> Result<&mut CudaKv> {
         match self {
             Self::Cuda(kv) => Ok(kv),
-            Self::Cpu(_) => Err(elsewhere("KV cache", "the GPU")),
+            _ => Err(elsewhere("KV cache", "the GPU")),
+        }
+    }
+
+    /// The cache on an Apple GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if it lies elsewhere.
+    #[cfg(feature = "metal")]
+    pub(crate) fn metal_mut(&mut self) -> Result<&mut MetalKv> {
+        match self {
+            Self::Metal(kv) => Ok(kv),
+            _ => Err(elsewhere("KV cache", "the GPU")),
         }
     }
 }

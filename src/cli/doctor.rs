@@ -5,8 +5,8 @@ use super::{first_line, print};
 use anyhow::Result;
 use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
-use candle_bitnet::backend::{Arrangement, Backend, Gpu, auto_device, gpus};
-use candle_bitnet::{DeviceChoice, select_device};
+use candle_bitnet::backend::{Arrangement, Backend, Gpu, auto_device, gpus, metal_gpus};
+use candle_bitnet::{DeviceChoice, Error, select_device};
 use candle_core::Device;
 use serde::Serialize;
 use std::time::Duration;
@@ -20,6 +20,10 @@ const BANDWIDTH_TIME: Duration = Duration::from_millis(800);
 pub struct Args {
     #[command(flatten)]
     run: RunArgs,
+
+    /// Compare every kernel of an Apple GPU with the CPU's, and print a table; an exit code of 1 says that one is wrong
+    #[arg(long)]
+    self_test: bool,
 
     /// Write JSON
     #[arg(long)]
@@ -55,9 +59,15 @@ struct Kind {
 struct Found {
     device: String,
     name: String,
-    compute_capability: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compute_capability: Option<String>,
     /// The newest that the driver knows.
-    driver_cuda: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    driver_cuda: Option<String>,
+    /// Of an Apple GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    architecture: Option<String>,
+    /// Of an Apple GPU, the most that it should be given of the machine's.
     memory_bytes: usize,
     free_bytes: Option<usize>,
     usable: bool,
@@ -79,6 +89,19 @@ struct Checked {
     self_check: String,
     /// A copy within its memory, bytes read and written.
     copy_gbps: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    self_test: Vec<Part>,
+}
+
+/// A part of the self-test.
+#[derive(Debug, Serialize)]
+struct Part {
+    kernels: &'static str,
+    cases: usize,
+    /// Outputs a unit in the last place aside.
+    aside: usize,
+    seconds: f64,
+    problem: Option<String>,
 }
 
 /// All that is printed.
@@ -107,20 +130,32 @@ pub fn run(args: Args) -> Result<()> {
     let options = CpuOptions { kernel: args.run.kernel, threads: args.run.threads };
     let (device, why) = auto_device();
     let gpu_check = match (args.run.device, device) {
+        (asked, found) if args.self_test => {
+            let asked = if asked == DeviceChoice::Auto { found } else { asked };
+            Some(check_gpu(asked, options, true)?)
+        }
         (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, DeviceChoice::Cpu) => None,
         // Nobody asked for this one: what is wrong with it is an answer, not a failure.
-        (DeviceChoice::Auto, found) => Some(check_gpu(found, options).unwrap_or_else(|e| Checked {
+        (DeviceChoice::Auto, found) => Some(check_gpu(found, options, false).unwrap_or_else(|e| Checked {
             device: found.to_string(),
             self_check: format!("failed: {}", first_line(&e)),
             copy_gbps: None,
+            self_test: Vec::new(),
         })),
-        (asked, _) => Some(check_gpu(asked, options)?),
+        (asked, _) => Some(check_gpu(asked, options, false)?),
     };
     let auto = Auto { device: device.to_string(), why };
     let why = if args.run.kernel.is_some() { "asked for with --kernel" } else { "the fastest usable" };
     let report = report(&Backend::new(&Device::Cpu, options)?, why, auto, gpu_check)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
-    print(&text)
+    print(&text)?;
+    let wrong = |part: &&Part| part.problem.is_some();
+    match report.gpu_check.iter().flat_map(|check| &check.self_test).find(wrong) {
+        Some(Part { kernels, problem: Some(problem), .. }) => {
+            anyhow::bail!("self-test: {kernels}: {problem}; use --device cpu, and please report this")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Checked>) -> Result<Report> {
@@ -149,8 +184,8 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
         read_gbps,
         devices: vec![
             Kind { name: "cpu", built: true, present: true, reason: None, gpus: Vec::new() },
-            cuda(),
-            Kind { name: "metal", built: false, present: false, reason: None, gpus: Vec::new() },
+            kind("cuda", cfg!(feature = "cuda"), gpus()),
+            kind("metal", cfg!(feature = "metal"), metal_gpus()),
         ],
         auto,
         self_check: self_check(backend).map(|()| "the chosen kernel equals the reference")?,
@@ -158,36 +193,65 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
     })
 }
 
-/// NVIDIA's GPUs, those that the kernels do not run on too.
-fn cuda() -> Kind {
-    let found = |gpu: Gpu| Found {
+/// A kind of GPU, those that the kernels do not run on too.
+fn kind(name: &'static str, built: bool, found: Result<Vec<Gpu>, Error>) -> Kind {
+    let version = |v: Option<(u32, u32)>| v.map(|(major, minor)| format!("{major}.{minor}"));
+    let describe = |gpu: Gpu| Found {
         device: gpu.device.to_string(),
-        compute_capability: format!("{}.{}", gpu.compute.0, gpu.compute.1),
-        driver_cuda: format!("{}.{}", gpu.driver.0, gpu.driver.1),
+        compute_capability: version(gpu.compute),
+        driver_cuda: version(gpu.driver),
+        architecture: gpu.architecture.clone(),
         memory_bytes: gpu.total_memory,
         free_bytes: gpu.free_memory().ok(),
         usable: gpu.problem.is_none(),
         name: gpu.name,
         problem: gpu.problem,
     };
-    let (gpus, reason) = match gpus() {
+    let (gpus, reason) = match found {
         Ok(gpus) if gpus.is_empty() => (gpus, Some("the driver shows no GPU to this process".into())),
         Ok(gpus) => (gpus, None),
         Err(e) => (Vec::new(), Some(first_line(&e))),
     };
-    let built = cfg!(feature = "cuda");
-    Kind { name: "cuda", built, present: !gpus.is_empty(), reason, gpus: gpus.into_iter().map(found).collect() }
+    Kind { name, built, present: !gpus.is_empty(), reason, gpus: gpus.into_iter().map(describe).collect() }
 }
 
-/// Opens a GPU, compares products with the reference and measures a copy.
-fn check_gpu(choice: DeviceChoice, options: CpuOptions) -> Result<Checked> {
+/// Opens a GPU, compares products or all kernels with the reference and measures a copy.
+fn check_gpu(choice: DeviceChoice, options: CpuOptions, all_kernels: bool) -> Result<Checked> {
     let backend = Backend::new(&select_device(choice)?, options)?;
     self_check(&backend)?;
+    let self_test = if all_kernels { self_test(&backend)? } else { Vec::new() };
     Ok(Checked {
         device: backend.device_name(),
         self_check: "its products equal the reference".into(),
         copy_gbps: backend.copy_bandwidth()?.map(|b| b / 1e9),
+        self_test,
     })
+}
+
+/// Runs the kernel suite on the device.
+#[cfg(feature = "metal")]
+fn self_test(backend: &Backend) -> Result<Vec<Part>> {
+    let Ok(metal) = backend.metal() else {
+        let reason = format!("it is for Apple GPUs, and the device is {}; give --device metal", backend.device_name());
+        return Err(Error::request("--self-test", reason).into());
+    };
+    let done = candle_bitnet::backend::metal::self_test(metal, |part| {
+        eprintln!("{}: {} cases in {:.1} s", part.name, part.cases, part.time.as_secs_f64());
+    })?;
+    let part = |p: candle_bitnet::backend::metal::SelfTest| Part {
+        kernels: p.name,
+        cases: p.cases,
+        aside: p.aside,
+        seconds: p.time.as_secs_f64(),
+        problem: p.problem,
+    };
+    Ok(done.into_iter().map(part).collect())
+}
+
+/// This build has no kernels that have a suite.
+#[cfg(not(feature = "metal"))]
+fn self_test(_: &Backend) -> Result<Vec<Part>> {
+    Err(Error::request("--self-test", "it is for Apple GPUs: on macOS, build with --features metal").into())
 }
 
 /// Packs a small weight, which runs the CPU's kernel against the reference; a GPU's runs when it is opened.
@@ -234,14 +298,21 @@ fn describe(r: &Report) -> String {
         text += &format!("  {:13} {state}\n", d.name);
         for gpu in &d.gpus {
             let free = gpu.free_bytes.map_or("unknown".into(), |b| gb(Some(b as u64)));
-            text += &format!(
-                "    {:11} {}, compute capability {}, {} of memory, {free} free, driver for CUDA {}\n",
-                gpu.device,
-                gpu.name,
-                gpu.compute_capability,
-                gb(Some(gpu.memory_bytes as u64)),
-                gpu.driver_cuda,
-            );
+            let memory = gb(Some(gpu.memory_bytes as u64));
+            text += &match (&gpu.compute_capability, &gpu.architecture) {
+                (Some(compute), _) => format!(
+                    "    {:11} {}, compute capability {compute}, {memory} of memory, {free} free, driver for CUDA {}\n",
+                    gpu.device,
+                    gpu.name,
+                    gpu.driver_cuda.as_deref().unwrap_or("unknown"),
+                ),
+                (None, architecture) => format!(
+                    "    {:11} {}, {}, recommended working set {memory}\n",
+                    gpu.device,
+                    gpu.name,
+                    architecture.as_deref().unwrap_or("unknown"),
+                ),
+            };
             text += &gpu.problem.as_ref().map(|p| format!("    {:11} not usable: {p}\n", "")).unwrap_or_default();
         }
     }
@@ -249,6 +320,20 @@ fn describe(r: &Report) -> String {
     if let Some(gpu) = &r.gpu_check {
         let copy = gpu.copy_gbps.map(|g| format!("; a copy in its memory moves {g:.1} GB/s")).unwrap_or_default();
         text += &format!("GPU check    {}: {}{copy}\n", gpu.device, gpu.self_check);
+        text += &table(&gpu.self_test);
+    }
+    text
+}
+
+/// The self-test's parts, one a line.
+fn table(parts: &[Part]) -> String {
+    if parts.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("\n{:24} {:>6} {:>6} {:>8}  result\n", "self-test", "cases", "aside", "seconds");
+    for p in parts {
+        let result = p.problem.as_ref().map_or("equal".into(), |problem| format!("WRONG: {problem}"));
+        text += &format!("{:24} {:>6} {:>6} {:>8.1}  {result}\n", p.kernels, p.cases, p.aside, p.seconds);
     }
     text
 }

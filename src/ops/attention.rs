@@ -1,10 +1,12 @@
 //! Rotary embedding and attention with the KV cache.
 
-use super::{contiguous, expect, output};
+use super::{contiguous, expect, metal_fwd, or_emulated_metal, output};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::attention::AttentionShape;
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 use crate::backend::{Backend, Batch, KvLayer, Rope};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -45,6 +47,13 @@ struct Attention<'a> {
 
 impl Attention<'_> {
     const NAME: &'static str = "attention";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (qkv,): (MetalSlice<'_>,)) -> candle_core::Result<()> {
+        let AttentionInput { shape, batch, rope, kv } = self.input;
+        let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(self.backend.metal()?.attention(shape, qkv, batch.metal()?, rope.metal()?, kv.metal_mut()?, out)?)
+    }
 }
 
 impl InplaceOp2 for Attention<'_> {
@@ -53,6 +62,7 @@ impl InplaceOp2 for Attention<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, qkv: &CpuStorage, lq: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, qkv lq);
         let AttentionInput { shape, batch, rope, kv } = self.input;
         let mut kv = kv.lock().unwrap_or_else(PoisonError::into_inner);
         let kv = kv.cpu_mut()?;
@@ -68,4 +78,6 @@ impl InplaceOp2 for Attention<'_> {
         let (cuda, qkv, mut out) = (self.backend.cuda()?, gpu(qkv, lq)?, gpu_output(out, lo)?);
         Ok(cuda.attention(shape, &qkv, batch.cuda()?, rope.cuda()?, kv.cuda_mut()?, &mut out)?)
     }
+
+    metal_fwd!(qkv lq);
 }

@@ -1,10 +1,12 @@
 //! Products with dense weights.
 
-use super::{Output, contiguous, matrix, output, shape_error};
+use super::{Output, contiguous, matrix, metal_fwd, or_emulated_metal, output, shape_error};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::cpu::OutputColumns;
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 use crate::backend::{Backend, DenseWeight};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -36,6 +38,12 @@ struct DenseLinear<'a> {
 
 impl DenseLinear<'_> {
     const NAME: &'static str = "dense-linear";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (x,): (MetalSlice<'_>,)) -> candle_core::Result<()> {
+        let (metal, weight) = (self.backend.metal()?, self.weight.metal()?);
+        Ok(metal.dense_linear(weight, x, out, self.first_column, self.width, self.add)?)
+    }
 }
 
 impl InplaceOp2 for DenseLinear<'_> {
@@ -44,6 +52,7 @@ impl InplaceOp2 for DenseLinear<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx);
         let about = || (Some((self.weight.rows(), self.weight.cols())), self.weight.bytes());
         let _timer = self.backend.timed(Self::NAME, about);
         let values = output(out, lo)?;
@@ -56,4 +65,6 @@ impl InplaceOp2 for DenseLinear<'_> {
         let (cuda, x, mut out) = (self.backend.cuda()?, gpu(x, lx)?, gpu_output(out, lo)?);
         Ok(cuda.dense_linear(self.weight.cuda()?, &x, &mut out, self.first_column, self.width, self.add)?)
     }
+
+    metal_fwd!(x lx);
 }

@@ -1,12 +1,14 @@
 //! The quantised linear, with the norm before it and the gated activation after it.
 
-use super::{Output, contiguous, expect, expect_norm, matrix, output, shape_error};
+use super::{Output, contiguous, expect, expect_norm, matrix, metal_fwd, or_emulated_metal, output, shape_error};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::cpu::{Gate, OutputColumns};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{CudaView, CudaViewMut};
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 use crate::backend::{Arrangement, Backend, TernaryWeight};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -140,6 +142,38 @@ impl Product<'_> {
         };
         Ok(done?)
     }
+
+    #[cfg(feature = "metal")]
+    fn metal<'a>(&self, out: MetalSlice<'_>, inputs: impl Into<MetalInputs<'a>>) -> candle_core::Result<()> {
+        let (metal, weight, MetalInputs { x, norm }) = (self.backend.metal()?, self.weight.metal()?, inputs.into());
+        let norm = norm.map(|n| (n, self.eps));
+        let done = match self.epilogue {
+            Epilogue::Columns { width, first, add } => metal.norm_linear(weight, x, norm, out, first, width, add),
+            Epilogue::Gated(gate) => metal.gated_linear(gate, weight, x, norm, out),
+        };
+        Ok(done?)
+    }
+}
+
+/// The input, and the norm's weight if it is given.
+#[cfg(feature = "metal")]
+struct MetalInputs<'a> {
+    x: MetalSlice<'a>,
+    norm: Option<MetalSlice<'a>>,
+}
+
+#[cfg(feature = "metal")]
+impl<'a> From<(MetalSlice<'a>,)> for MetalInputs<'a> {
+    fn from((x,): (MetalSlice<'a>,)) -> Self {
+        Self { x, norm: None }
+    }
+}
+
+#[cfg(feature = "metal")]
+impl<'a> From<(MetalSlice<'a>, MetalSlice<'a>)> for MetalInputs<'a> {
+    fn from((x, norm): (MetalSlice<'a>, MetalSlice<'a>)) -> Self {
+        Self { x, norm: Some(norm) }
+    }
 }
 
 impl InplaceOp2 for Product<'_> {
@@ -148,6 +182,7 @@ impl InplaceOp2 for Product<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx);
         self.run(output(out, lo)?, contiguous(x, lx)?, None)
     }
 
@@ -155,6 +190,8 @@ impl InplaceOp2 for Product<'_> {
     fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout, x: &CudaStorage, lx: &Layout) -> candle_core::Result<()> {
         self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, None)
     }
+
+    metal_fwd!(x lx);
 }
 
 impl InplaceOp3 for Product<'_> {
@@ -171,6 +208,7 @@ impl InplaceOp3 for Product<'_> {
         norm: &CpuStorage,
         ln: &Layout,
     ) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx, norm ln);
         self.run(output(out, lo)?, contiguous(x, lx)?, Some(contiguous(norm, ln)?))
     }
 
@@ -186,4 +224,6 @@ impl InplaceOp3 for Product<'_> {
     ) -> candle_core::Result<()> {
         self.run_on_gpu(gpu_output(out, lo)?, gpu(x, lx)?, Some(gpu(norm, ln)?))
     }
+
+    metal_fwd!(x lx, norm ln);
 }

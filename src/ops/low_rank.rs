@@ -1,9 +1,11 @@
 //! Low-rank updates, LoRA's, beside quantised and dense linears.
 
-use super::{Output, contiguous, matrix, output, shape_error};
+use super::{Output, contiguous, matrix, metal_fwd, or_emulated_metal, output, shape_error};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
 use crate::Result;
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 use crate::backend::{Backend, LowRankWeight};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -40,6 +42,12 @@ struct LowRank<'a> {
 
 impl LowRank<'_> {
     const NAME: &'static str = "low-rank";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (x,): (MetalSlice<'_>,)) -> candle_core::Result<()> {
+        let updates = self.updates.iter().map(|(at, w)| Ok((*at, w.metal()?))).collect::<Result<Vec<_>>>()?;
+        Ok(self.backend.metal()?.low_rank(&updates, x, self.width, out)?)
+    }
 }
 
 impl InplaceOp2 for LowRank<'_> {
@@ -48,6 +56,7 @@ impl InplaceOp2 for LowRank<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx);
         let bytes = || self.updates.iter().map(|(_, w)| w.bytes()).sum();
         let _timer = self.backend.timed(Self::NAME, || (None, bytes()));
         let updates = self.updates.iter().map(|(at, w)| Ok((*at, w.cpu()?))).collect::<Result<Vec<_>>>()?;
@@ -61,4 +70,6 @@ impl InplaceOp2 for LowRank<'_> {
         let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
         Ok(self.backend.cuda()?.low_rank(&updates, &x, self.width, &mut out)?)
     }
+
+    metal_fwd!(x lx);
 }

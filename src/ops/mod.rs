@@ -1,8 +1,8 @@
 //! The decoder's operations as candle in-place ops: the same call on every device, routed by storage.
 //!
 //! Each writes into a tensor that its caller made, so that a forward pass allocates nothing. A function checks its operands,
-//! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`] and whose `cuda_fwd` calls
-//! `crate::backend::cuda::Cuda`; weights live in the op, borrowed. All tensors are contiguous f32 `[tokens, columns]`, and an
+//! then applies one in-place op whose `cpu_fwd` calls [`crate::backend::cpu::Cpu`], `cuda_fwd` `crate::backend::cuda::Cuda` and
+//! `metal_fwd` `crate::backend::metal::Metal`; weights live in the op, borrowed. All tensors are contiguous f32 `[tokens, columns]`, and an
 //! output shares no storage with an input.
 
 mod attention;
@@ -10,6 +10,8 @@ mod dense;
 pub mod grad;
 mod linear;
 mod low_rank;
+#[cfg(feature = "metal")]
+mod metal;
 mod norm;
 mod output;
 mod rows;
@@ -21,6 +23,9 @@ pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};
 pub use output::Output;
 pub use rows::{embed, select_rows};
+
+#[cfg(feature = "metal")]
+pub(crate) use metal::logits as metal_logits;
 
 use crate::Error;
 #[cfg(feature = "cuda")]
@@ -71,6 +76,34 @@ fn gpu_output<'a>(storage: &'a mut CudaStorage, layout: &Layout) -> Result<CudaV
         None => candle_core::bail!("output with shape {:?} is not contiguous", layout.shape()),
     }
 }
+
+/// Within a `cpu_fwd`: ends it with the operation's `metal` where the CPU's memory is that of an emulated Metal device.
+macro_rules! or_emulated_metal {
+    ($op:ident, $out:ident $lo:ident $(, $x:ident $lx:ident)*) => {
+        #[cfg(all(feature = "metal", not(target_os = "macos")))]
+        if $op.backend.metal().is_ok() {
+            let inputs = ($($crate::ops::metal::emulated($x, $lx)?,)*);
+            return $op.metal($crate::ops::metal::emulated_output($out, $lo)?, inputs);
+        }
+    };
+}
+
+/// The `metal_fwd` of an operation with so many inputs: its `metal`.
+macro_rules! metal_fwd {
+    ($($x:ident $lx:ident),*) => {
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        fn metal_fwd(
+            &self,
+            out: &mut candle_core::MetalStorage,
+            lo: &candle_core::Layout,
+            $($x: &candle_core::MetalStorage, $lx: &candle_core::Layout,)*
+        ) -> candle_core::Result<()> {
+            self.metal($crate::ops::metal::operand(out, lo)?, ($($crate::ops::metal::operand($x, $lx)?,)*))
+        }
+    };
+}
+
+use {metal_fwd, or_emulated_metal};
 
 fn shape_error(op: &'static str, reason: String) -> Error {
     Error::Shape { op, reason }

@@ -1,11 +1,13 @@
 //! RMSNorm and gated activations in f32, for what stands before a weight that is not ternary.
 
-use super::{contiguous, expect, expect_norm, matrix, output};
+use super::{contiguous, expect, expect_norm, matrix, metal_fwd, or_emulated_metal, output};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
 use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu::Gate;
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor};
@@ -40,6 +42,11 @@ struct RmsNorm<'a> {
 
 impl RmsNorm<'_> {
     const NAME: &'static str = "rms-norm";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (x, weight): (MetalSlice<'_>, MetalSlice<'_>)) -> candle_core::Result<()> {
+        Ok(self.backend.metal()?.rms_norm(x, weight, self.eps, out)?)
+    }
 }
 
 impl InplaceOp3 for RmsNorm<'_> {
@@ -56,6 +63,7 @@ impl InplaceOp3 for RmsNorm<'_> {
         weight: &CpuStorage,
         lw: &Layout,
     ) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx, weight lw);
         let _timer = self.backend.timed(Self::NAME, || (None, 0));
         let (x, weight) = (contiguous(x, lx)?, contiguous(weight, lw)?);
         Ok(self.backend.cpu().rms_norm(x, weight, self.eps, output(out, lo)?)?)
@@ -74,6 +82,8 @@ impl InplaceOp3 for RmsNorm<'_> {
         let (x, weight, mut out) = (gpu(x, lx)?, gpu(weight, lw)?, gpu_output(out, lo)?);
         Ok(self.backend.cuda()?.rms_norm(&x, &weight, self.eps, &mut out)?)
     }
+
+    metal_fwd!(x lx, weight lw);
 }
 
 struct Gated<'a> {
@@ -84,6 +94,11 @@ struct Gated<'a> {
 
 impl Gated<'_> {
     const NAME: &'static str = "gated-activation";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (x,): (MetalSlice<'_>,)) -> candle_core::Result<()> {
+        Ok(self.backend.metal()?.gated(self.gate, x, self.cols, out)?)
+    }
 }
 
 impl InplaceOp2 for Gated<'_> {
@@ -92,6 +107,7 @@ impl InplaceOp2 for Gated<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx);
         let _timer = self.backend.timed(Self::NAME, || (None, 0));
         Ok(self.backend.cpu().gated(self.gate, contiguous(x, lx)?, self.cols, output(out, lo)?)?)
     }
@@ -101,4 +117,6 @@ impl InplaceOp2 for Gated<'_> {
         let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
         Ok(self.backend.cuda()?.gated(self.gate, &x, self.cols, &mut out)?)
     }
+
+    metal_fwd!(x lx);
 }

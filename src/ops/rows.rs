@@ -1,8 +1,10 @@
 //! Rows of an embedding and of other tensors.
 
-use super::{contiguous, expect, matrix, output, shape_error};
+use super::{contiguous, expect, matrix, metal_fwd, or_emulated_metal, output, shape_error};
 #[cfg(feature = "cuda")]
 use super::{gpu, gpu_output};
+#[cfg(feature = "metal")]
+use crate::backend::metal::MetalSlice;
 use crate::backend::{Backend, Batch, DenseWeight};
 use crate::{Error, Result};
 #[cfg(feature = "cuda")]
@@ -44,6 +46,11 @@ struct Embed<'a> {
 
 impl Embed<'_> {
     const NAME: &'static str = "embed";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (): ()) -> candle_core::Result<()> {
+        Ok(self.backend.metal()?.embed(self.weight.metal()?, self.batch.metal()?, out)?)
+    }
 }
 
 impl InplaceOp1 for Embed<'_> {
@@ -52,6 +59,7 @@ impl InplaceOp1 for Embed<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo);
         let row = || self.weight.bytes() / self.weight.rows().max(1);
         let _timer = self.backend.timed(Self::NAME, || (None, self.batch.len() * row()));
         Ok(self.backend.cpu().embed(self.weight.cpu()?, self.batch.ids(), output(out, lo)?)?)
@@ -61,6 +69,8 @@ impl InplaceOp1 for Embed<'_> {
     fn cuda_fwd(&self, out: &mut CudaStorage, lo: &Layout) -> candle_core::Result<()> {
         Ok(self.backend.cuda()?.embed(self.weight.cuda()?, self.batch.cuda()?, &mut gpu_output(out, lo)?)?)
     }
+
+    metal_fwd!();
 }
 
 struct SelectRows<'a> {
@@ -71,6 +81,11 @@ struct SelectRows<'a> {
 
 impl SelectRows<'_> {
     const NAME: &'static str = "select-rows";
+
+    #[cfg(feature = "metal")]
+    fn metal(&self, out: MetalSlice<'_>, (x,): (MetalSlice<'_>,)) -> candle_core::Result<()> {
+        Ok(self.backend.metal()?.select_rows(x, self.cols, self.rows, out)?)
+    }
 }
 
 impl InplaceOp2 for SelectRows<'_> {
@@ -79,6 +94,7 @@ impl InplaceOp2 for SelectRows<'_> {
     }
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
+        or_emulated_metal!(self, out lo, x lx);
         let _timer = self.backend.timed(Self::NAME, || (None, 0));
         Ok(self.backend.cpu().select_rows(contiguous(x, lx)?, self.cols, self.rows, output(out, lo)?)?)
     }
@@ -88,4 +104,6 @@ impl InplaceOp2 for SelectRows<'_> {
         let (x, mut out) = (gpu(x, lx)?, gpu_output(out, lo)?);
         Ok(self.backend.cuda()?.select_rows(&x, self.cols, self.rows, &mut out)?)
     }
+
+    metal_fwd!(x lx);
 }

@@ -8,18 +8,18 @@ use std::path::PathBuf;
 /// The fixtures with safetensors checkpoints.
 pub const FIXTURES: [&str; 4] = ["a1_packed", "a1_bf16", "a2_packed_gqa_untied_sharded", "a3_llama"];
 
-/// The GPUs of this machine, as far as this build can use them: real ones, or the emulator's
-/// (`kernels/emulator/with_driver.sh`). `BITNET_REQUIRE_GPU=1`: there has to be one.
+/// The GPUs of this machine, as far as this build can use them, one of each kind: real ones, or the emulator's
+/// (`kernels/emulator/with_driver.sh`, `with_metal.sh`). `BITNET_REQUIRE_GPU=1`: there has to be one.
 pub fn gpus() -> Vec<Device> {
-    #[cfg(feature = "cuda")]
-    let found = (candle_bitnet::backend::cuda::count() > 0).then(|| candle_bitnet::backend::cuda::open(0).unwrap());
-    #[cfg(not(feature = "cuda"))]
-    let found = None;
+    let kinds = [candle_bitnet::backend::gpus(), candle_bitnet::backend::metal_gpus()];
+    let first = |gpus: Vec<candle_bitnet::backend::Gpu>| gpus.into_iter().find(|g| g.problem.is_none());
+    let found = kinds.into_iter().filter_map(|kind| first(kind.ok()?));
+    let found: Vec<_> = found.map(|gpu| candle_bitnet::select_device(gpu.device).unwrap()).collect();
     assert!(
-        found.is_some() || std::env::var_os("BITNET_REQUIRE_GPU").is_none(),
+        !found.is_empty() || std::env::var_os("BITNET_REQUIRE_GPU").is_none(),
         "no GPU, or a build without kernels for it"
     );
-    found.into_iter().collect()
+    found
 }
 
 /// Folder of a fixture.

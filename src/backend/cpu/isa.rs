@@ -41,10 +41,10 @@ impl Isa {
     /// The widest that this CPU has.
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
-        let wide = Self::avx512().or_else(Self::avx2);
-        #[cfg(not(target_arch = "x86_64"))]
-        let wide = None;
-        wide.unwrap_or_else(Self::portable)
+        if let Some(wide) = Self::avx512().or_else(Self::avx2) {
+            return wide;
+        }
+        Self::portable()
     }
 
     /// The widths that this CPU has.

@@ -89,14 +89,13 @@ impl Cpu {
         if !(1..=MAX_THREADS).contains(&threads) {
             return Err(Error::request("--threads", format!("{threads} is not between 1 and {MAX_THREADS}")));
         }
-        #[cfg(target_arch = "x86_64")]
         let isa = match kind {
+            #[cfg(target_arch = "x86_64")]
             KernelKind::Avx512Vnni => Isa::avx512().or_else(Isa::avx2),
+            #[cfg(target_arch = "x86_64")]
             KernelKind::Avx2 | KernelKind::AvxVnni => Isa::avx2(),
             _ => None,
         };
-        #[cfg(not(target_arch = "x86_64"))]
-        let isa = None;
         let isa = isa.unwrap_or_else(Isa::portable);
         Ok(Self { kind, kernel, isa, pool: Pool::new(threads), scratch: Mutex::default() })
     }

@@ -131,6 +131,8 @@ unsafe fn gemm<const T: usize>(tiles: *const u8, groups: usize, panel: *const i3
 /// # Safety
 /// As [`gemm`], for one tile, of which `tile` points at one of the first 5 − R registers.
 #[target_feature(enable = "neon,dotprod")]
+// Position 3's `+ 3` looks like a rounded-up division; it is token 3.
+#[allow(clippy::manual_div_ceil)]
 unsafe fn pass<const T: usize, const R: usize>(tile: *const u8, groups: usize, panel: *const i32, sums: &mut [i32]) {
     /// Adds the dots of one bit position for the tokens below T, unrolled, as lanes are constants.
     macro_rules! position {
