@@ -90,6 +90,7 @@ pub(super) const CUDA_REMEDY: &str = "build with --features cuda, or ";
 pub(super) const METAL_REMEDY: &str = "on macOS, build with --features metal; ";
 
 /// The error for a device that this build has no kernels for.
+#[cfg(not(all(feature = "cuda", feature = "metal")))]
 pub(super) fn not_built(device: &'static str, remedy: &str) -> Error {
     Error::Unavailable {
         what: format!("device {device}"),
