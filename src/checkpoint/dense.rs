@@ -2,6 +2,7 @@
 
 use crate::backend::DenseType;
 use crate::backend::host::MappedFile;
+use crate::ternary::{CODES_PER_BYTE, PackedTernary, Scale};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -51,4 +52,46 @@ impl DenseView {
     pub fn release(&self) {
         self.file.release(self.range.clone());
     }
+
+    /// A matrix whose values are −m, 0 and m for one m, exactly, as codes and the scale m; 1 if all are zero. `reason` words
+    /// the first value that is not one of them.
+    ///
+    /// # Errors
+    /// That reason.
+    pub(crate) fn three_valued(&self, reason: impl FnOnce(NotTernary) -> String) -> Result<PackedTernary, String> {
+        let mut codes = Vec::with_capacity(self.rows * self.cols.div_ceil(CODES_PER_BYTE));
+        let (mut row, mut m) = (vec![0f32; self.cols], None);
+        for r in 0..self.rows {
+            self.dtype.widen(self.row(r), &mut row);
+            for (at, four) in row.chunks(CODES_PER_BYTE).enumerate() {
+                let mut byte = 0;
+                for (i, value) in four.iter().enumerate() {
+                    let code = match (*value, m) {
+                        (0.0, _) => 1,
+                        (v, Some(m)) if v.abs() == m => 1 + v.signum() as i8,
+                        (v, None) if v.is_normal() => {
+                            m = Some(v.abs());
+                            1 + v.signum() as i8
+                        }
+                        (value, magnitude) => {
+                            return Err(reason(NotTernary { row: r, col: at * CODES_PER_BYTE + i, value, magnitude }));
+                        }
+                    };
+                    byte |= (code as u8) << (2 * i);
+                }
+                codes.push(byte);
+            }
+        }
+        let scale = Scale::Multiply(m.unwrap_or(1.0));
+        PackedTernary::new(self.rows, self.cols, codes, scale).map_err(|e| e.to_string())
+    }
+}
+
+/// A value that keeps a matrix from being ternary.
+pub(crate) struct NotTernary {
+    pub row: usize,
+    pub col: usize,
+    pub value: f32,
+    /// What the values before it are, where they are not zero; without one, the value cannot be a scale.
+    pub magnitude: Option<f32>,
 }

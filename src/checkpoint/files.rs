@@ -214,7 +214,7 @@ const GGUF_FILES: [(&str, Text); 3] = [
 ];
 
 /// Whether a name ends in `.gguf`.
-fn is_gguf(path: &Path) -> bool {
+pub(crate) fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
 }
 

@@ -21,6 +21,8 @@ mod tensor;
 pub mod write;
 
 pub use dense::DenseView;
+pub(crate) use dense::NotTernary;
+pub(crate) use files::is_gguf;
 pub use files::{BUILTIN, ModelFiles};
 pub use linear::{LinearWeight, ScaleStyle};
 pub use open::Checkpoint;

@@ -204,6 +204,13 @@ pub(crate) fn directory_of(file: &Path) -> &Path {
     }
 }
 
+/// Makes new names in a directory durable; not every file system offers that.
+pub(crate) fn sync_directory(dir: &Path) {
+    if let Ok(dir) = File::open(dir) {
+        let _ = dir.sync_all();
+    }
+}
+
 /// Refuses a directory that holds a checkpoint already, or what could be taken for a part of one: whoever writes a new
 /// one must not mix it with another. A directory that does not exist yet is fine.
 ///
@@ -293,10 +300,7 @@ impl Pending {
         let Self { temp, path } = self;
         temp.as_file().sync_all().map_err(|e| Error::io(&path, e))?;
         temp.persist(&path).map_err(|e| Error::io(&path, e.error))?;
-        // The new name is durable once its directory is; not every file system offers that.
-        if let Some(dir) = path.parent().and_then(|dir| File::open(dir).ok()) {
-            let _ = dir.sync_all();
-        }
+        sync_directory(directory_of(&path));
         Ok(path)
     }
 }

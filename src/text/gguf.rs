@@ -9,6 +9,7 @@ mod write;
 pub(crate) use write::Written;
 
 use super::Tokenizer;
+use super::ends::around;
 use super::sentencepiece::{Algorithm, Piece, PieceKind, SentencePiece};
 use crate::checkpoint::gguf::Gguf;
 use crate::checkpoint::limits::quoted;
@@ -22,7 +23,6 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::punctuation::Punctuation;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
 
 /// Tokens of a vocabulary.
@@ -234,34 +234,12 @@ fn byte_level(gguf: &Gguf) -> Result<tokenizers::Tokenizer> {
     let added: Vec<AddedToken> = added.into_iter().map(|(_, token)| token).collect();
     tokenizer.add_tokens(added).map_err(|e| fail(key, quoted(&e.to_string())))?;
     let (bos, eos) = ends(gguf, whole)?;
-    if bos.is_some() || eos.is_some() {
-        let name = |id: Option<u32>| id.and_then(|id| Some((tokenizer.id_to_token(id)?, id)));
-        let (bos, eos) = (name(bos), name(eos));
-        let template = post_processor(bos, eos).map_err(|e| fail("tokenizer.ggml.add_bos_token", quoted(&e)))?;
-        tokenizer.with_post_processor(Some(template));
+    let named = |id: Option<u32>| id.and_then(|id| Some((tokenizer.id_to_token(id)?, id)));
+    let template = around(named(bos), named(eos)).map_err(|e| fail("tokenizer.ggml.add_bos_token", quoted(&e)))?;
+    if template.is_some() {
+        tokenizer.with_post_processor(template);
     }
     Ok(tokenizer)
-}
-
-/// Puts tokens before and after every text.
-fn post_processor(bos: Option<(String, u32)>, eos: Option<(String, u32)>) -> Result<TemplateProcessing, String> {
-    // Under names of their own: a token's spelling could be mistaken for a part of the template.
-    let around = |sequence: &'static str| {
-        let named = |token: &Option<(String, u32)>, name: &'static str| token.as_ref().map(|_| name);
-        [named(&bos, "bos"), Some(sequence), named(&eos, "eos")].into_iter().flatten().collect::<Vec<&str>>()
-    };
-    let (single, pair) = (around("$A"), [around("$A"), around("$B:1")].concat());
-    let named = |token: &Option<(String, u32)>, name: &str| {
-        token.clone().map(|(text, id)| {
-            tokenizers::processors::template::SpecialToken::new(name.into(), vec![id], vec![text])
-                .map_err(|e| e.to_string())
-        })
-    };
-    let tokens: Result<Vec<_>, String> = [named(&bos, "bos"), named(&eos, "eos")].into_iter().flatten().collect();
-    let builder = &mut TemplateProcessing::builder();
-    builder.try_single(single).map_err(|e| e.to_string())?;
-    builder.try_pair(pair).map_err(|e| e.to_string())?;
-    builder.special_tokens(tokens?).build().map_err(|e| e.to_string())
 }
 
 fn words(gguf: &Gguf, bos: Option<&str>) -> Result<Words> {

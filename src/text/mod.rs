@@ -1,6 +1,7 @@
 //! Tokens and text: the tokenizer, decoding that streams without breaking a character, and chat templates.
 
 mod clock;
+mod ends;
 mod gguf;
 mod incremental;
 mod json;

@@ -9,6 +9,7 @@ mod proto;
 
 pub(crate) use open::open;
 
+use super::ends::around;
 use crate::checkpoint::limits::quoted;
 use crate::{Error, Result};
 use std::collections::{HashMap, HashSet};
@@ -23,7 +24,6 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::models::unigram::Unigram;
 use tokenizers::normalizers::replace::ReplacePattern;
 use tokenizers::normalizers::{NormalizerWrapper, Precompiled, Prepend, Replace, Sequence as Normalizers};
-use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 use tokenizers::{AddedToken, Tokenizer};
 
 /// Largest `tokenizer.model` that is read; Gemma's 262k pieces take 5 MB.
@@ -217,28 +217,15 @@ impl SentencePiece {
         let extra = extra.iter().map(|t| added(&t.text, t.special));
         tokenizer.add_tokens(pieces.chain(extra)).map_err(text)?;
 
-        let end = |id: Option<u32>, name: &str| -> Result<Option<SpecialToken>, String> {
+        let named = |id: Option<u32>, name: &str| -> Result<Option<(String, u32)>, String> {
             let Some(id) = id else { return Ok(None) };
             let token =
                 tokenizer.id_to_token(id).ok_or_else(|| format!("{name} is {id}, but there is no such token"))?;
-            SpecialToken::new(name.into(), vec![id], vec![token]).map(Some).map_err(text)
+            Ok(Some((token, id)))
         };
-        let (bos, eos) = (end(bos, "bos")?, end(eos, "eos")?);
-        if bos.is_some() || eos.is_some() {
-            let around = |sequence: &'static str| {
-                let (bos, eos) = (bos.as_ref().map(|_| "bos"), eos.as_ref().map(|_| "eos"));
-                [bos, Some(sequence), eos].into_iter().flatten().collect::<Vec<&str>>()
-            };
-            let (single, pair) = (around("$A"), [around("$A"), around("$B:1")].concat());
-            let template = TemplateProcessing::builder()
-                .try_single(single)
-                .map_err(text)?
-                .try_pair(pair)
-                .map_err(text)?
-                .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
-                .build()
-                .map_err(text)?;
-            tokenizer.with_post_processor(Some(template));
+        let template = around(named(bos, "bos")?, named(eos, "eos")?)?;
+        if template.is_some() {
+            tokenizer.with_post_processor(template);
         }
         Ok(tokenizer)
     }

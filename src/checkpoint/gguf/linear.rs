@@ -1,8 +1,8 @@
 //! Ternary weights in a GGUF file.
 
 use super::{Architecture, GgmlType, Gguf};
-use crate::checkpoint::{Checkpoint, DenseView, LinearWeight, StoredType, TensorView};
-use crate::ternary::{CODES_PER_BYTE, I2sLayout, PackedTernary, Scale};
+use crate::checkpoint::{Checkpoint, LinearWeight, NotTernary, StoredType, TensorView};
+use crate::ternary::{I2sLayout, PackedTernary, Scale};
 use crate::{Error, Result};
 
 /// How the weights of one file are to be read.
@@ -60,7 +60,7 @@ impl Checkpoint {
             StoredType::Ggml(GgmlType::TQ2_0) => PackedTernary::from_tq2_0(rows, cols, bytes),
             StoredType::F32 | StoredType::F16 | StoredType::BF16 => {
                 let view = self.dense(&weight.info.name, rows, cols)?;
-                match three_valued(&view) {
+                match view.three_valued(not_ternary) {
                     Ok(packed) => Ok(packed),
                     Err(_) if rules.masters && scale.is_none() => return Ok(LinearWeight::Dense(view)),
                     Err(reason) => return Err(weight.error(reason)),
@@ -98,40 +98,9 @@ impl Checkpoint {
     }
 }
 
-/// A matrix whose values are −m, 0 and m for one m; 1 if all are zero.
-///
-/// # Errors
-/// The first value that is not.
-fn three_valued(view: &DenseView) -> Result<PackedTernary, String> {
-    let row_bytes = view.cols.div_ceil(CODES_PER_BYTE);
-    let mut codes = Vec::with_capacity(view.rows * row_bytes);
-    let (mut row, mut m) = (vec![0f32; view.cols], None);
-    for r in 0..view.rows {
-        view.dtype.widen(view.row(r), &mut row);
-        for (at, four) in row.chunks(CODES_PER_BYTE).enumerate() {
-            let mut byte = 0;
-            for (i, value) in four.iter().enumerate() {
-                let code = match (*value, m) {
-                    (0.0, _) => 1,
-                    (v, Some(m)) if v.abs() == m => 1 + v.signum() as i8,
-                    (v, None) if v.is_normal() => {
-                        m = Some(v.abs());
-                        1 + v.signum() as i8
-                    }
-                    (v, m) => {
-                        let c = at * CODES_PER_BYTE + i;
-                        let before = m.map_or(String::new(), |m| format!(" after ±{m}"));
-                        return Err(format!(
-                            "row {r}, column {c} is {v}{before}: these values are not ternary, so this is no b1.58 model"
-                        ));
-                    }
-                };
-                byte |= (code as u8) << (2 * i);
-            }
-            codes.push(byte);
-        }
-    }
-    PackedTernary::new(view.rows, view.cols, codes, Scale::Multiply(m.unwrap_or(1.0))).map_err(|e| e.to_string())
+fn not_ternary(NotTernary { row, col, value, magnitude }: NotTernary) -> String {
+    let before = magnitude.map_or(String::new(), |m| format!(" after ±{m}"));
+    format!("row {row}, column {col} is {value}{before}: these values are not ternary, so this is no b1.58 model")
 }
 
 fn describe(weight: &TensorView, e: Error) -> Error {

@@ -4,7 +4,7 @@ use super::header::{DEFAULT_ALIGNMENT, MAGIC};
 use super::types::type_id;
 use super::value::ValueType;
 use crate::checkpoint::header::check_name;
-use crate::checkpoint::limits::{MAX_DIMS, MAX_GGUF_HEADER_SIZE, MAX_GGUF_KEY_LENGTH, MAX_GGUF_METADATA, MAX_TENSORS};
+use crate::checkpoint::limits::{MAX_DIMS, MAX_GGUF_HEADER_SIZE, MAX_GGUF_KEY_LENGTH, MAX_GGUF_METADATA};
 use crate::checkpoint::write::{Entry, check_unique};
 use crate::{Error, Result};
 use std::io::Write;
@@ -125,12 +125,8 @@ pub fn write(
 /// What stands before the tensors' bytes, without the padding.
 fn head(file: &Path, metadata: &[(String, Metadata)], entries: &[Entry]) -> Result<Vec<u8>> {
     check_unique(file, entries)?;
-    if metadata.len() > MAX_GGUF_METADATA || entries.len() > MAX_TENSORS {
-        let reason = format!(
-            "{} metadata entries and {} tensors; at most {MAX_GGUF_METADATA} and {MAX_TENSORS} can be read back",
-            metadata.len(),
-            entries.len()
-        );
+    if metadata.len() > MAX_GGUF_METADATA {
+        let reason = format!("{} metadata entries; at most {MAX_GGUF_METADATA} can be read back", metadata.len());
         return Err(Error::file(file, reason));
     }
     let mut head = MAGIC.to_vec();

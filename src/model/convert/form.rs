@@ -4,7 +4,7 @@ use super::staging::check_new_file;
 use crate::backend::DenseType;
 use crate::checkpoint::gguf::GgmlType;
 use crate::checkpoint::write::check_target;
-use crate::checkpoint::{ScaleStyle, StoredType};
+use crate::checkpoint::{ScaleStyle, StoredType, is_gguf};
 use crate::ternary::I2sLayout;
 use crate::{Error, Result};
 use std::path::Path;
@@ -73,7 +73,7 @@ impl Options {
     /// [`Error::Request`] if it is there already, holds a checkpoint or has a name of the other kind, and for a type of the
     /// head that the form has not.
     pub fn check(&self, target: &Path) -> Result<()> {
-        let is_gguf = target.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        let is_gguf = is_gguf(target);
         let plain = |head: &StoredType| DenseType::from_stored(*head).is_some();
         match (self.form, self.head) {
             (Form::Gguf(_), _) if !is_gguf => {

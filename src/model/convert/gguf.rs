@@ -24,7 +24,8 @@ pub(super) fn convert(model: &Model, plan: &Plan, kind: GgufType, target: &Path,
     let tokenizer = GgufTokenizer::open(source)?;
     let metadata = metadata::of(model, arch, kind, tokenizer.as_ref(), target)?;
     let mut staged = StagedFile::new(target)?;
-    let mut entries = entries(model, plan, arch, kind, tracker)?;
+    let weights = model.weights()?;
+    let mut entries = entries(model, &weights, plan, arch, kind, tracker)?;
     // As llama.cpp's converter has them: layer by layer.
     entries.sort_by_key(|e| order(&e.name));
     let bytes = entries.iter().filter_map(|e| e.bytes().ok()).sum();
@@ -72,6 +73,7 @@ fn architecture(model: &Model) -> Result<Architecture> {
 
 fn entries<'a>(
     model: &'a Model,
+    weights: &'a CheckpointWeights<'a>,
     plan: &'a Plan,
     arch: Architecture,
     kind: GgufType,
@@ -91,8 +93,7 @@ fn entries<'a>(
         let shape = [matrix.rows, matrix.cols];
         let dtype = StoredType::Ggml(kind.ggml());
         entries.push(Entry::new(name_of(&format!("{}.weight", matrix.name))?, dtype, shape, move |out| {
-            let weights = tracker.keep(model.weights())?;
-            let bytes = encode(model, &weights, matrix, arch, kind, tracker)?;
+            let bytes = encode(model, weights, matrix, arch, kind, tracker)?;
             values::put(out, &bytes, tracker)
         }));
         if let Store::Blocks { beside: Some(scale), .. } = matrix.store {

@@ -1,7 +1,7 @@
 //! A directory that becomes a checkpoint all at once, or not at all.
 
 use crate::checkpoint::ModelFiles;
-use crate::checkpoint::write::{check_target, directory_of, unfinished};
+use crate::checkpoint::write::{check_target, directory_of, sync_directory, unfinished};
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use std::fs::File;
@@ -76,10 +76,7 @@ impl Staging {
             }
         }
         self.made = false;
-        // The names are durable once their directory is; not every file system offers that.
-        if let Ok(dir) = File::open(&self.target) {
-            let _ = dir.sync_all();
-        }
+        sync_directory(&self.target);
         Ok(names.into_iter().map(|name| name.to_string_lossy().into_owned()).collect())
     }
 }
@@ -124,10 +121,7 @@ impl StagedFile {
             io::ErrorKind::AlreadyExists => there_already(&target),
             _ => Error::io(&target, e.error),
         })?;
-        // The name is durable once its directory is; not every file system offers that.
-        if let Ok(dir) = File::open(directory_of(&target)) {
-            let _ = dir.sync_all();
-        }
+        sync_directory(directory_of(&target));
         Ok(target.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()))
     }
 }

@@ -52,7 +52,7 @@ impl Written {
         self.tokenizer.bos_id()
     }
 
-    /// Its metadata, for a model of `vocab` tokens: ids beyond the tokenizer's become unused tokens, as llama.cpp's
+    /// Its metadata, for a model of `vocab` tokens (a GGUF source keeps its own): ids beyond the tokenizer's become unused tokens, as llama.cpp's
     /// converter has them.
     ///
     /// # Errors
@@ -60,13 +60,13 @@ impl Written {
     pub(crate) fn metadata(&self, files: &ModelFiles, vocab: usize) -> Result<Vec<(String, Metadata)>> {
         let tokenizer = &self.tokenizer;
         let json: Value = serde_json::from_str(&tokenizer.to_json()?).map_err(|e| self.fail(e.to_string()))?;
-        let mut metadata = match files.contains("tokenizer.json") || files.gguf()?.is_some() {
+        let mut metadata = match files.contains("tokenizer.json") {
             true => self.of_json(&json, vocab)?,
             false => self.of_sentencepiece(files, &json, vocab)?,
         };
         let mut put = |key: &str, value: Metadata| metadata.entries.push((format!("tokenizer.ggml.{key}"), value));
         for id in metadata.tokens.len()..vocab {
-            metadata.tokens.push(Piece { text: format!("[PAD{id}]"), score: -1e4, kind: PieceKind::Unused });
+            metadata.tokens.push(unused(id));
         }
         put("tokens", Metadata::Texts(metadata.tokens.iter().map(|t| t.text.clone()).collect()));
         if metadata.scores {
@@ -171,7 +171,7 @@ impl Written {
         Ok(Tokens { entries, tokens, scores: true })
     }
 
-    /// All tokens by id, scores zero.
+    /// All tokens by id; those of the vocabulary have no scores yet.
     fn tokens(&self, json: &Value, vocab: usize) -> Result<Vec<Piece>> {
         let mut by_id: HashMap<u64, Piece> = HashMap::new();
         let piece = |text: &str, kind| Piece { text: text.to_owned(), score: 0.0, kind };
@@ -199,8 +199,7 @@ impl Written {
         if end > vocab as u64 {
             return Err(self.fail(format!("has ids up to {}, but the model has {vocab} tokens", end - 1)));
         }
-        let unused = |id| piece(&format!("[PAD{id}]"), PieceKind::Unused);
-        Ok((0..end).map(|id| by_id.remove(&id).unwrap_or_else(|| unused(id))).collect())
+        Ok((0..end).map(|id| by_id.remove(&id).unwrap_or_else(|| unused(id as usize))).collect())
     }
 
     /// Merges, whichever way they are written.
@@ -267,6 +266,11 @@ impl Written {
             false => differs("the chat template is another".into()),
         }
     }
+}
+
+/// The token of an id that the tokenizer has not.
+fn unused(id: usize) -> Piece {
+    Piece { text: format!("[PAD{id}]"), score: -1e4, kind: PieceKind::Unused }
 }
 
 /// What is to be written.
