@@ -1,8 +1,10 @@
 //! The interface of the ternary CPU kernels, and their choice at run time.
 
 use super::tiles::{LINE_BYTES, LINE_COLS, TILE_ROWS};
+use crate::backend::activation::QuantizedRows;
 use crate::backend::layout::LayoutId;
 use crate::{Error, Result};
+use std::ops::Range;
 
 /// Most tokens that a kernel multiplies in one pass of [`TernaryKernel::gemm`].
 pub const MAX_TOKENS: usize = 12;
@@ -29,6 +31,80 @@ pub trait TernaryKernel: Send + Sync + std::fmt::Debug {
     ///
     /// `panel` holds `[4 · groups][tokens]` words of four consecutive codes of a token each.
     fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]);
+
+    /// Prefill by other panels than [`TernaryKernel::gemm`]'s, where that is faster for so many tokens.
+    fn panel_gemm(&self, _tokens: usize) -> Option<&dyn PanelGemm> {
+        None
+    }
+}
+
+/// 64 bytes of a panel, aligned as vectors are.
+#[derive(Debug, Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub struct Line(pub [i32; 16]);
+
+/// What one call of [`PanelGemm::multiply`] takes at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Block {
+    /// Tiles of 16 rows; a multiple of [`Block::tile_step`].
+    pub tiles: usize,
+    /// Tiles that belong together: a call gets a multiple of this, except for the last tiles of a weight.
+    pub tile_step: usize,
+    /// Panels.
+    pub panels: usize,
+}
+
+/// Prefill: several tokens' codes are laid out as a kernel wants them, a panel of tokens at a time, and multiplied with
+/// blocks of tiles.
+pub trait PanelGemm: Sync {
+    /// Most tokens of a panel.
+    fn panel_tokens(&self) -> usize;
+
+    /// Size of a panel of so many tokens for weights of so many lines a tile.
+    fn panel_lines(&self, groups: usize, tokens: usize) -> usize;
+
+    /// The largest product of one call.
+    fn block(&self) -> Block;
+
+    /// Lays out the codes of some rows, at most [`PanelGemm::panel_tokens`]; every byte of `panel` is written that
+    /// [`PanelGemm::multiply`] reads.
+    fn fill(&self, x: &QuantizedRows, rows: Range<usize>, groups: usize, panel: &mut [Line]);
+
+    /// Whole tiles times panels of `tokens` tokens in all, each but the last of `size`, one after the other;
+    /// `sums` is `[tile][token][16]`, as [`TernaryKernel::gemm`]'s.
+    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]);
+}
+
+/// [`TernaryKernel::gemm`] and its panels: `[4 · groups][tokens]` words of four consecutive codes of a token each.
+#[derive(Debug)]
+pub struct Words<'a>(pub &'a dyn TernaryKernel);
+
+impl PanelGemm for Words<'_> {
+    fn panel_tokens(&self) -> usize {
+        MAX_TOKENS
+    }
+
+    fn panel_lines(&self, groups: usize, tokens: usize) -> usize {
+        (4 * groups * tokens).div_ceil(16)
+    }
+
+    fn block(&self) -> Block {
+        Block { tiles: 2, tile_step: 2, panels: 1 }
+    }
+
+    fn fill(&self, x: &QuantizedRows, rows: Range<usize>, _groups: usize, panel: &mut [Line]) {
+        let (panel, count) = (bytemuck::cast_slice_mut::<Line, i32>(panel), rows.len());
+        for (t, row) in rows.enumerate() {
+            for (k, four) in x.codes(row).as_chunks::<4>().0.iter().enumerate() {
+                panel[k * count + t] = i32::from_le_bytes(four.map(|q| q as u8));
+            }
+        }
+    }
+
+    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+        assert!(tokens <= size, "one panel");
+        self.0.gemm(tiles, groups, bytemuck::cast_slice(panels), tokens, sums);
+    }
 }
 
 /// Checks the operands' sizes once per call, so that kernels may read without bounds checks.

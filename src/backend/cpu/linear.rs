@@ -1,10 +1,10 @@
 //! The quantised linear on the CPU: splits tiles over threads, runs the kernel, applies scales.
 
 use super::isa::{Isa, per_isa};
-use super::kernel::{MAX_TOKENS, TernaryKernel};
+use super::kernel::{Line, TernaryKernel, Words};
 use super::output::OutputColumns;
 use super::pool::Pool;
-use super::scratch::grown;
+use super::scratch::{grown, with_scratch};
 use super::tiles::{CpuTernary, LINE_BYTES, TILE_ROWS};
 use crate::backend::activation::QuantizedRows;
 use crate::{Error, Result};
@@ -13,6 +13,8 @@ use crate::{Error, Result};
 const TASK_BYTES: usize = 128 << 10;
 /// Most tiles of one decode task.
 const TASK_TILES: usize = 16;
+/// Most bytes of panels in use at a time, so that they stay in the last level of the caches.
+const PANEL_BYTES: usize = 8 << 20;
 
 per_isa! {
     /// `out = (sums − Σq) · factor`, rounded once; or that added to `out`.
@@ -38,7 +40,7 @@ pub(super) fn linear(
     kernel: &dyn TernaryKernel,
     isa: Isa,
     pool: &Pool,
-    panel: &mut Vec<i32>,
+    panel: &mut Vec<Line>,
     w: &CpuTernary,
     x: &QuantizedRows,
     out: OutputColumns<'_>,
@@ -81,31 +83,38 @@ pub(super) fn linear(
         });
         return Ok(());
     }
-    let words = 4 * w.groups();
-    let panel = grown(panel, tokens * words);
-    pool.for_each_chunk(panel, MAX_TOKENS * words, |i, panel| {
-        let (first, count) = (i * MAX_TOKENS, panel.len() / words);
-        for t in 0..count {
-            let codes = x.codes(first + t).as_chunks::<4>().0;
-            for (k, four) in codes.iter().enumerate() {
-                panel[k * count + t] = i32::from_le_bytes(four.map(|q| q as u8));
-            }
-        }
-    });
-    let panel = &*panel;
-    pool.run(w.tiles().div_ceil(2), &|task| {
-        let first = 2 * task;
-        let count = 2.min(w.tiles() - first);
-        let tiles = &w.data()[first * tile_bytes..][..count * tile_bytes];
-        let mut sums = [0; 2 * MAX_TOKENS * TILE_ROWS];
-        for (i, panel) in panel.chunks(MAX_TOKENS * words).enumerate() {
-            let n = panel.len() / words;
-            let sums = &mut sums[..count * n * TILE_ROWS];
-            kernel.gemm(tiles, w.groups(), panel, n, sums);
-            for (j, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
-                write(i * MAX_TOKENS + j % n, first + j / n, sums);
-            }
-        }
-    });
+    let words = Words(kernel);
+    let gemm = kernel.panel_gemm(tokens).unwrap_or(&words);
+    // Panels of equal size, the last one may be smaller.
+    let size = tokens.div_ceil(tokens.div_ceil(gemm.panel_tokens()));
+    let (lines, block) = (gemm.panel_lines(w.groups(), size), gemm.block());
+    let at_once = (PANEL_BYTES / (lines * size_of::<Line>()) / block.panels).max(1) * block.panels;
+    let tiles = block.tiles.min(w.tiles().div_ceil(4 * pool.threads())).next_multiple_of(block.tile_step);
+    for first in (0..tokens).step_by(at_once * size) {
+        let last = tokens.min(first + at_once * size);
+        let panel = grown(panel, (last - first).div_ceil(size) * lines);
+        pool.for_each_chunk(panel, lines, |i, panel| {
+            let at = first + i * size;
+            gemm.fill(x, at..last.min(at + size), w.groups(), panel);
+        });
+        let panel = &*panel;
+        pool.run(w.tiles().div_ceil(tiles), &|task| {
+            let first_tile = tiles * task;
+            let count = tiles.min(w.tiles() - first_tile);
+            let data = &w.data()[first_tile * tile_bytes..][..count * tile_bytes];
+            with_scratch(count * block.panels * size * TILE_ROWS, |sums| {
+                let sums = bytemuck::cast_slice_mut::<f32, i32>(sums);
+                for (i, panels) in panel.chunks(block.panels * lines).enumerate() {
+                    let at = first + i * block.panels * size;
+                    let n = (block.panels * size).min(last - at);
+                    let sums = &mut sums[..count * n * TILE_ROWS];
+                    gemm.multiply(data, w.groups(), panels, size, n, sums);
+                    for (j, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
+                        write(at + j % n, first_tile + j / n, sums);
+                    }
+                }
+            });
+        });
+    }
     Ok(())
 }

@@ -26,7 +26,7 @@ mod x86_64;
 pub use attention::CpuKv;
 pub use bandwidth::{bandwidth_buffer, read_bandwidth};
 pub use dense::CpuDense;
-pub use kernel::{KernelKind, TernaryKernel};
+pub use kernel::{Block, KernelKind, Line, PanelGemm, TernaryKernel};
 pub use low_rank::CpuLowRank;
 pub use norm::Gate;
 pub use output::OutputColumns;

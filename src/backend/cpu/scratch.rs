@@ -1,5 +1,6 @@
 //! Buffers of the operation in progress, which stay for the next one.
 
+use super::kernel::Line;
 use std::cell::RefCell;
 
 /// What the quantised linear needs between its steps.
@@ -7,8 +8,8 @@ use std::cell::RefCell;
 pub(super) struct Scratch {
     /// The quantised rows.
     pub rows: Vec<u8>,
-    /// Their codes, interleaved for the prefill kernels.
-    pub panel: Vec<i32>,
+    /// Their codes, as the prefill kernels take them.
+    pub panel: Vec<Line>,
     /// Gate and up before the activation.
     pub gate_up: Vec<f32>,
 }

@@ -44,7 +44,7 @@ fn cases() -> impl Strategy<Value = Case> {
     ];
     // Every remainder of 16 and 64, a few long rows (the AVX2 budget is 256 columns; 6912 is 2B-4T's widest).
     let cols = prop_oneof![12 => 1usize..130, 4 => 130usize..700, 1 => 6900usize..6920];
-    let tokens = prop_oneof![2 => Just(1usize), 2 => 2usize..=MAX_TOKENS, 1 => MAX_TOKENS + 1..30];
+    let tokens = prop_oneof![2 => Just(1usize), 2 => 2usize..=MAX_TOKENS, 1 => MAX_TOKENS + 1..30, 1 => 30usize..150];
     (rows, cols, tokens, fill(), fill(), any::<u64>()).prop_map(|(rows, cols, tokens, weights, activations, seed)| {
         // Long rows with few others, so that the suite stays quick.
         let (rows, tokens) = if cols > 700 { (vec![rows[0] % 20 + 1], tokens.min(3)) } else { (rows, tokens) };
