@@ -121,51 +121,72 @@ macro_rules! attend_for {
             /// Partial sums of a score: short chains round less, and as many additions are in flight.
             const SUMS: usize = 8;
 
-            /// 16 scores: one query times one block of keys `[dim][16]`.
+            /// 16 scores each of N queries: times one block of keys `[dim][16]`, which is loaded once for all.
             #[inline]
             $(#[target_feature(enable = $feature)])?
-            fn scores<E: Stored>(q: &[f32], keys: &[[E; LANES]], scale: f32) -> V {
-                let mut acc = [splat(0.0); SUMS];
+            fn scores<E: Stored, const N: usize>(q: [&[f32]; N], keys: &[[E; LANES]], scale: f32) -> [V; N] {
+                let mut acc = [[splat(0.0); SUMS]; N];
                 let (rows, last_rows) = keys.as_chunks::<SUMS>();
-                let (wholes, last) = q.as_chunks::<SUMS>();
-                for (k, q) in rows.iter().zip(wholes) {
+                for (i, k) in rows.iter().enumerate() {
                     for a in 0..SUMS {
-                        acc[a] = add(acc[a], mul(splat(q[a]), load_stored(&k[a])));
-                    }
-                }
-                for ((k, q), acc) in last_rows.iter().zip(last).zip(&mut acc) {
-                    *acc = add(*acc, mul(splat(*q), load_stored(k)));
-                }
-                let low = add(add(acc[0], acc[1]), add(acc[2], acc[3]));
-                let high = add(add(acc[4], acc[5]), add(acc[6], acc[7]));
-                mul(add(low, high), splat(scale))
-            }
-
-            /// Σ_j p[j] · values[j] over the first `count` positions of 16 dimensions, in four partial sums over
-            /// j mod 4. `blocks` are `stride` apart.
-            #[inline]
-            $(#[target_feature(enable = $feature)])?
-            fn weighted<E: Stored>(p: &[f32; BLOCK], count: usize, blocks: &[Block<E>], stride: usize) -> V {
-                let mut acc = [splat(0.0); 4];
-                for (sub, p) in p.as_chunks::<LANES>().0.iter().enumerate() {
-                    // Positions that were never written, or by another sequence, are not even multiplied by zero.
-                    let rows = count.saturating_sub(sub * LANES).min(LANES);
-                    if rows == 0 {
-                        break;
-                    }
-                    let block = &blocks[sub * stride];
-                    let fours = p.as_chunks::<4>().0.iter().zip(block.as_chunks::<4>().0);
-                    for (p, v) in fours.take(rows / 4) {
-                        for a in 0..4 {
-                            acc[a] = add(acc[a], mul(splat(p[a]), load_stored(&v[a])));
+                        let k = load_stored(&k[a]);
+                        for n in 0..N {
+                            acc[n][a] = add(acc[n][a], mul(splat(q[n][i * SUMS + a]), k));
                         }
                     }
-                    let done = rows / 4 * 4;
-                    for ((p, v), acc) in p[done..rows].iter().zip(&block[done..rows]).zip(&mut acc) {
-                        *acc = add(*acc, mul(splat(*p), load_stored(v)));
+                }
+                for (a, k) in last_rows.iter().enumerate() {
+                    for n in 0..N {
+                        let q = q[n][rows.len() * SUMS + a];
+                        acc[n][a] = add(acc[n][a], mul(splat(q), load_stored(k)));
                     }
                 }
-                add(add(acc[0], acc[1]), add(acc[2], acc[3]))
+                let mut out = [splat(0.0); N];
+                for n in 0..N {
+                    let acc = acc[n];
+                    let low = add(add(acc[0], acc[1]), add(acc[2], acc[3]));
+                    let high = add(add(acc[4], acc[5]), add(acc[6], acc[7]));
+                    out[n] = mul(add(low, high), splat(scale));
+                }
+                out
+            }
+
+            /// Σ_j p[j] · values[j] for N queries over the first `count` positions of 16 dimensions, in four partial
+            /// sums over j mod 4. `blocks` are `stride` apart, and loaded once for all.
+            #[inline]
+            $(#[target_feature(enable = $feature)])?
+            fn weighted<E: Stored, const N: usize>(
+                p: [&[f32; BLOCK]; N],
+                count: usize,
+                blocks: &[Block<E>],
+                stride: usize,
+            ) -> [V; N] {
+                let mut acc = [[splat(0.0); 4]; N];
+                for sub in 0..count.div_ceil(LANES) {
+                    // Positions that were never written, or by another sequence, are not even multiplied by zero.
+                    let rows = (count - sub * LANES).min(LANES);
+                    let block = &blocks[sub * stride];
+                    let at = sub * LANES;
+                    let fours = block.as_chunks::<4>().0;
+                    for (i, v) in fours.iter().enumerate().take(rows / 4) {
+                        for a in 0..4 {
+                            let v = load_stored(&v[a]);
+                            for n in 0..N {
+                                acc[n][a] = add(acc[n][a], mul(splat(p[n][at + 4 * i + a]), v));
+                            }
+                        }
+                    }
+                    for (a, j) in (rows / 4 * 4..rows).enumerate() {
+                        for n in 0..N {
+                            acc[n][a] = add(acc[n][a], mul(splat(p[n][at + j]), load_stored(&block[j])));
+                        }
+                    }
+                }
+                let mut out = [splat(0.0); N];
+                for n in 0..N {
+                    out[n] = add(add(acc[n][0], acc[n][1]), add(acc[n][2], acc[n][3]));
+                }
+                out
             }
 
             /// Exponentials of a block's scores, the block's new maximum, and what shrinks the earlier sums.
@@ -213,22 +234,50 @@ macro_rules! attend_for {
                     let count = BLOCK.min(length - start);
                     for sub in 0..count.div_ceil(LANES) {
                         let block = &keys[(start / LANES + sub) * dim..][..dim];
-                        for (q, s) in q.chunks_exact(dim).zip(&mut scored) {
-                            store(scores(q, block, scale), &mut s.as_chunks_mut::<LANES>().0[sub]);
+                        for g in (0..group).step_by(2) {
+                            let q = &q[g * dim..];
+                            if g + 1 < group {
+                                let [one, two] = scores([&q[..dim], &q[dim..2 * dim]], block, scale);
+                                store(one, &mut scored[g].as_chunks_mut().0[sub]);
+                                store(two, &mut scored[g + 1].as_chunks_mut().0[sub]);
+                            } else {
+                                let [one] = scores([&q[..dim]], block, scale);
+                                store(one, &mut scored[g].as_chunks_mut().0[sub]);
+                            }
                         }
                     }
-                    let blocks = &values[start / LANES * columns..];
+                    let mut shrunk = [0f32; AttentionShape::MAX_GROUP];
                     for g in 0..group {
                         let s = &mut scored[g];
                         s[count..].fill(f32::NEG_INFINITY);
                         let (new_max, shrink, sum) = softmax(s, max_of[g]);
                         max_of[g] = new_max;
                         total[g] = total[g] * shrink + sum;
-                        for (c, out) in out[g * dim..][..dim].chunks_mut(LANES).enumerate() {
-                            let mut sums = [0f32; LANES];
-                            store(weighted(s, count, &blocks[c..], columns), &mut sums);
-                            for (o, sum) in out.iter_mut().zip(sums) {
-                                *o = *o * shrink + sum;
+                        shrunk[g] = shrink;
+                    }
+                    let blocks = &values[start / LANES * columns..];
+                    let mut add_to = |g: usize, c: usize, sums: V| {
+                        let out = &mut out[g * dim..][..dim];
+                        let end = dim.min((c + 1) * LANES);
+                        let mut lanes = [0f32; LANES];
+                        store(sums, &mut lanes);
+                        for (o, sum) in out[c * LANES..end].iter_mut().zip(lanes) {
+                            *o = *o * shrunk[g] + sum;
+                        }
+                    };
+                    for g in (0..group).step_by(4) {
+                        for c in 0..columns {
+                            let blocks = &blocks[c..];
+                            if let Some([p0, p1, p2, p3]) = scored[g..group].first_chunk() {
+                                let sums = weighted([p0, p1, p2, p3], count, blocks, columns);
+                                for (n, sums) in sums.into_iter().enumerate() {
+                                    add_to(g + n, c, sums);
+                                }
+                            } else {
+                                for n in g..group {
+                                    let [sums] = weighted([&scored[n]], count, blocks, columns);
+                                    add_to(n, c, sums);
+                                }
                             }
                         }
                     }
@@ -341,7 +390,8 @@ fn typed<E: Stored>(
     let (keys, values) = (&*keys, &*values);
     let base = SendPtr(out.as_mut_ptr());
     pool.run(tokens * shape.kv_heads, &|task| {
-        let (t, head) = (task / shape.kv_heads, task % shape.kv_heads);
+        // One head after the other: its keys and values stay in the cache while the tokens pass by.
+        let (head, t) = (task / tokens, task % tokens);
         let row = rows[t];
         let (cos, sin) = rope.at(row.position);
         let width = group * dim;

@@ -89,7 +89,7 @@ impl PanelGemm for Words<'_> {
     }
 
     fn block(&self) -> Block {
-        Block { tiles: 2, tile_step: 2, panels: 1 }
+        Block { tiles: 8, tile_step: 2, panels: 1 }
     }
 
     fn fill(&self, x: &QuantizedRows, rows: Range<usize>, _groups: usize, panel: &mut [Line]) {

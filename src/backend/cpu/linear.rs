@@ -60,14 +60,12 @@ pub(super) fn linear(
     let (width, add) = (out.width, out.add);
     let out = out.begin("quantized linear", tokens, rows)?;
     let tile_bytes = w.groups() * LINE_BYTES;
-    // Rows `at` of token `t`: every (tile, token) is written by exactly one task.
-    let write = |t: usize, tile: usize, sums: &[i32]| {
-        let (scale, at) = w.tile_rows(tile);
-        let len = at.len();
-        // SAFETY: at.end <= rows and t < tokens, so the range lies inside the output (checked by `begin`), which is
-        // borrowed mutably for the whole call; ranges of different (tile, token) do not overlap.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(t * width + at.start), len) };
-        finish(isa, &sums[..len], x.sum(t), scale.factor(x.scale(t)), add, out);
+    // A tile's rows of token `t`: every (tile, token) is written by exactly one task.
+    let write = |t: usize, rows: &std::ops::Range<usize>, factor: f64, sums: &[i32]| {
+        // SAFETY: rows.end <= all rows and t < tokens, so the range lies inside the output (checked by `begin`), which
+        // is borrowed mutably for the whole call; ranges of different (tile, token) do not overlap.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(t * width + rows.start), rows.len()) };
+        finish(isa, &sums[..rows.len()], x.sum(t), factor, add, out);
     };
     if tokens == 1 {
         let per_task = (TASK_BYTES / tile_bytes).clamp(1, TASK_TILES);
@@ -78,7 +76,8 @@ pub(super) fn linear(
             let sums = &mut sums[..count * TILE_ROWS];
             kernel.gemv(&w.data()[first * tile_bytes..][..count * tile_bytes], w.groups(), x.codes(0), sums);
             for (i, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
-                write(0, first + i, sums);
+                let (scale, rows) = w.tile_rows(first + i);
+                write(0, &rows, scale.factor(x.scale(0)), sums);
             }
         });
         return Ok(());
@@ -109,8 +108,13 @@ pub(super) fn linear(
                     let n = (block.panels * size).min(last - at);
                     let sums = &mut sums[..count * n * TILE_ROWS];
                     gemm.multiply(data, w.groups(), panels, size, n, sums);
-                    for (j, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
-                        write(at + j % n, first_tile + j / n, sums);
+                    // A token's rows one after the other, so that its output is written in one piece.
+                    for t in 0..n {
+                        for tile in 0..count {
+                            let (scale, rows) = w.tile_rows(first_tile + tile);
+                            let sums = &sums[(tile * n + t) * TILE_ROWS..][..TILE_ROWS];
+                            write(at + t, &rows, scale.factor(x.scale(at + t)), sums);
+                        }
                     }
                 }
             });

@@ -40,6 +40,7 @@ use super::layout::Arrangement;
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use isa::Isa;
+use kernel::MAX_TOKENS;
 use scratch::{Scratch, grown, with_scratch};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -47,6 +48,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 pub const MAX_THREADS: usize = 1024;
 /// Rows that one task normalises in a prefill.
 const ROWS_PER_TASK: usize = 8;
+/// Bytes of gate and up of several tokens between their product and the activation.
+const GATE_UP_BYTES: usize = 4 << 20;
 
 /// What may be chosen about the CPU backend; `None` means: decided from this machine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -203,13 +206,22 @@ impl Cpu {
         }
         let Scratch { rows, panel, gate_up } = &mut *self.scratch();
         let tokens = x.len() / w.cols();
+        if tokens == 0 || out.len() != tokens * w.rows() / 2 {
+            return Err(shape_error("gated linear", x.len(), w.cols(), out.len()));
+        }
         let rows = grown(rows, tokens * row_stride(w.cols()));
         self.quantize(x, w.cols(), norm, rows)?;
-        let gate_up = grown(gate_up, tokens * w.rows());
-        let x = QuantizedRows::new(rows, w.cols())?;
-        let columns = OutputColumns::whole(gate_up, w.rows());
-        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, columns)?;
-        self.gated(gate, gate_up, w.rows() / 2, out)
+        // So few tokens at a time that gate and up stay in the caches until the activation has read them.
+        let at_once = (GATE_UP_BYTES / (size_of::<f32>() * w.rows()) / MAX_TOKENS).max(8) * MAX_TOKENS;
+        let outputs = out.chunks_mut(at_once * w.rows() / 2);
+        for (rows, out) in rows.chunks(at_once * row_stride(w.cols())).zip(outputs) {
+            let x = QuantizedRows::new(rows, w.cols())?;
+            let gate_up = grown(gate_up, x.rows() * w.rows());
+            let columns = OutputColumns::whole(gate_up, w.rows());
+            linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, columns)?;
+            self.gated(gate, gate_up, w.rows() / 2, out)?;
+        }
+        Ok(())
     }
 
     /// Quantised linear: `out[t] = W q[t] / s_x[t]`, scaled per segment, or that added to it.
