@@ -11,18 +11,19 @@
 //! Attention walks over 64 positions at a time with an online softmax, always in the same blocks from position
 //! 0 on. A token's result therefore does not depend on how the prompt was cut or what else is in the batch.
 
-use super::isa::{Isa, Level, per_isa};
+mod blocks;
+
+use super::isa::{Isa, per_isa};
 use super::lanes::{LANES, Stored};
 use super::pool::{Pool, SendPtr};
-use super::scratch::with_scratch;
+use super::scratch::{grown, with_scratch};
+
 use crate::backend::DenseType;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::host::AlignedBuffer;
 use crate::{Error, Result};
+use blocks::{BLOCK, Cached, Softmax, finish, score, soften, weigh};
 use half::{bf16, f16};
-
-/// Positions of a block of the online softmax.
-const BLOCK: usize = 64;
 
 /// One layer's keys and values of all slots; memory becomes resident as positions are written.
 #[derive(Debug)]
@@ -110,220 +111,6 @@ per_isa! {
     }
 }
 
-/// Attention of one token for one KV head, once per vector width.
-macro_rules! attend_for {
-    ($module:ident, $simd:ident $(, $feature:literal)?) => {
-        mod $module {
-            use super::super::lanes::{LANES, Stored, max_lanes, sum_lanes};
-            use super::super::simd::$simd::*;
-            use super::{AttentionShape, BLOCK, Block};
-
-            /// Partial sums of a score: short chains round less, and as many additions are in flight.
-            const SUMS: usize = 8;
-
-            /// 16 scores each of N queries: times one block of keys `[dim][16]`, which is loaded once for all.
-            #[inline]
-            $(#[target_feature(enable = $feature)])?
-            fn scores<E: Stored, const N: usize>(q: [&[f32]; N], keys: &[[E; LANES]], scale: f32) -> [V; N] {
-                let mut acc = [[splat(0.0); SUMS]; N];
-                let (rows, last_rows) = keys.as_chunks::<SUMS>();
-                for (i, k) in rows.iter().enumerate() {
-                    for a in 0..SUMS {
-                        let k = load_stored(&k[a]);
-                        for n in 0..N {
-                            acc[n][a] = add(acc[n][a], mul(splat(q[n][i * SUMS + a]), k));
-                        }
-                    }
-                }
-                for (a, k) in last_rows.iter().enumerate() {
-                    for n in 0..N {
-                        let q = q[n][rows.len() * SUMS + a];
-                        acc[n][a] = add(acc[n][a], mul(splat(q), load_stored(k)));
-                    }
-                }
-                let mut out = [splat(0.0); N];
-                for n in 0..N {
-                    let acc = acc[n];
-                    let low = add(add(acc[0], acc[1]), add(acc[2], acc[3]));
-                    let high = add(add(acc[4], acc[5]), add(acc[6], acc[7]));
-                    out[n] = mul(add(low, high), splat(scale));
-                }
-                out
-            }
-
-            /// Σ_j p[j] · values[j] for N queries over the first `count` positions of 16 dimensions, in four partial
-            /// sums over j mod 4. `blocks` are `stride` apart, and loaded once for all.
-            #[inline]
-            $(#[target_feature(enable = $feature)])?
-            fn weighted<E: Stored, const N: usize>(
-                p: [&[f32; BLOCK]; N],
-                count: usize,
-                blocks: &[Block<E>],
-                stride: usize,
-            ) -> [V; N] {
-                let mut acc = [[splat(0.0); 4]; N];
-                for sub in 0..count.div_ceil(LANES) {
-                    // Positions that were never written, or by another sequence, are not even multiplied by zero.
-                    let rows = (count - sub * LANES).min(LANES);
-                    let block = &blocks[sub * stride];
-                    let at = sub * LANES;
-                    let fours = block.as_chunks::<4>().0;
-                    for (i, v) in fours.iter().enumerate().take(rows / 4) {
-                        for a in 0..4 {
-                            let v = load_stored(&v[a]);
-                            for n in 0..N {
-                                acc[n][a] = add(acc[n][a], mul(splat(p[n][at + 4 * i + a]), v));
-                            }
-                        }
-                    }
-                    for (a, j) in (rows / 4 * 4..rows).enumerate() {
-                        for n in 0..N {
-                            acc[n][a] = add(acc[n][a], mul(splat(p[n][at + j]), load_stored(&block[j])));
-                        }
-                    }
-                }
-                let mut out = [splat(0.0); N];
-                for n in 0..N {
-                    out[n] = add(add(acc[n][0], acc[n][1]), add(acc[n][2], acc[n][3]));
-                }
-                out
-            }
-
-            /// Exponentials of a block's scores, the block's new maximum, and what shrinks the earlier sums.
-            #[inline]
-            $(#[target_feature(enable = $feature)])?
-            fn softmax(s: &mut [f32; BLOCK], max_before: f32) -> (f32, f32, f32) {
-                let (chunks, mut lanes) = (s.as_chunks_mut::<LANES>().0, [0f32; LANES]);
-                let mut top = splat(f32::NEG_INFINITY);
-                for c in chunks.iter() {
-                    top = max(load(c), top);
-                }
-                store(top, &mut lanes);
-                let new_max = max_before.max(max_lanes(lanes));
-                let mut sum = splat(0.0);
-                for c in chunks.iter_mut() {
-                    let e = exp(sub(load(c), splat(new_max)));
-                    store(e, c);
-                    sum = add(sum, e);
-                }
-                store(sum, &mut lanes);
-                (new_max, super::super::lanes::exp(max_before - new_max), sum_lanes(lanes))
-            }
-
-            /// Query heads `q` `[group][dim]` over positions 0 … last; `out` is `[group][dim]`.
-            $(#[target_feature(enable = $feature)])?
-            pub(super) fn attend<E: Stored>(
-                q: &[f32],
-                keys: &[E],
-                values: &[E],
-                last: usize,
-                dim: usize,
-                scale: f32,
-                out: &mut [f32],
-            ) {
-                let group = q.len() / dim;
-                let length = last + 1;
-                let columns = dim.div_ceil(LANES);
-                let keys = keys.as_chunks::<LANES>().0;
-                let values = values.as_chunks::<LANES>().0.as_chunks::<LANES>().0;
-                let mut scored = [[0f32; BLOCK]; AttentionShape::MAX_GROUP];
-                let mut max_of = [f32::NEG_INFINITY; AttentionShape::MAX_GROUP];
-                let mut total = [0f32; AttentionShape::MAX_GROUP];
-                out.fill(0.0);
-                for start in (0..length).step_by(BLOCK) {
-                    let count = BLOCK.min(length - start);
-                    for sub in 0..count.div_ceil(LANES) {
-                        let block = &keys[(start / LANES + sub) * dim..][..dim];
-                        for g in (0..group).step_by(2) {
-                            let q = &q[g * dim..];
-                            if g + 1 < group {
-                                let [one, two] = scores([&q[..dim], &q[dim..2 * dim]], block, scale);
-                                store(one, &mut scored[g].as_chunks_mut().0[sub]);
-                                store(two, &mut scored[g + 1].as_chunks_mut().0[sub]);
-                            } else {
-                                let [one] = scores([&q[..dim]], block, scale);
-                                store(one, &mut scored[g].as_chunks_mut().0[sub]);
-                            }
-                        }
-                    }
-                    let mut shrunk = [0f32; AttentionShape::MAX_GROUP];
-                    for g in 0..group {
-                        let s = &mut scored[g];
-                        s[count..].fill(f32::NEG_INFINITY);
-                        let (new_max, shrink, sum) = softmax(s, max_of[g]);
-                        max_of[g] = new_max;
-                        total[g] = total[g] * shrink + sum;
-                        shrunk[g] = shrink;
-                    }
-                    let blocks = &values[start / LANES * columns..];
-                    let mut add_to = |g: usize, c: usize, sums: V| {
-                        let out = &mut out[g * dim..][..dim];
-                        let end = dim.min((c + 1) * LANES);
-                        let mut lanes = [0f32; LANES];
-                        store(sums, &mut lanes);
-                        for (o, sum) in out[c * LANES..end].iter_mut().zip(lanes) {
-                            *o = *o * shrunk[g] + sum;
-                        }
-                    };
-                    for g in (0..group).step_by(4) {
-                        for c in 0..columns {
-                            let blocks = &blocks[c..];
-                            if let Some([p0, p1, p2, p3]) = scored[g..group].first_chunk() {
-                                let sums = weighted([p0, p1, p2, p3], count, blocks, columns);
-                                for (n, sums) in sums.into_iter().enumerate() {
-                                    add_to(g + n, c, sums);
-                                }
-                            } else {
-                                for n in g..group {
-                                    let [sums] = weighted([&scored[n]], count, blocks, columns);
-                                    add_to(n, c, sums);
-                                }
-                            }
-                        }
-                    }
-                }
-                for g in 0..group {
-                    for o in &mut out[g * dim..][..dim] {
-                        *o /= total[g];
-                    }
-                }
-            }
-        }
-    };
-}
-
-attend_for!(attend_portable, portable);
-#[cfg(target_arch = "x86_64")]
-attend_for!(attend_avx2, avx2, "avx2");
-#[cfg(target_arch = "x86_64")]
-attend_for!(attend_avx512, avx512, "avx512f");
-
-/// A block of values: 16 positions of 16 dimensions.
-type Block<E> = [[E; LANES]; LANES];
-
-/// One token's query heads `q` `[group][dim]` of one KV head over positions 0 … last; `out` is `[group][dim]`.
-#[allow(clippy::too_many_arguments)]
-fn attend<E: Stored>(
-    isa: Isa,
-    q: &[f32],
-    keys: &[E],
-    values: &[E],
-    last: usize,
-    dim: usize,
-    scale: f32,
-    out: &mut [f32],
-) {
-    match isa.level() {
-        Level::Portable => attend_portable::attend(q, keys, values, last, dim, scale, out),
-        // SAFETY: an `Isa` of this level is only made after the CPU was found to have the features.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { attend_avx2::attend(q, keys, values, last, dim, scale, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { attend_avx512::attend(q, keys, values, last, dim, scale, out) },
-    }
-}
-
 /// Rotates queries and keys, appends keys and values to the cache, and attends; see `backend::attention`.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn attention(
@@ -334,6 +121,7 @@ pub(super) fn attention(
     rows: &[RowPosition],
     rope: &RopeTable,
     kv: &mut CpuKv,
+    scratch: &mut Shared,
     out: &mut [f32],
 ) -> Result<()> {
     let (tokens, out_dim) = (rows.len(), shape.heads * shape.head_dim);
@@ -355,13 +143,14 @@ pub(super) fn attention(
         return Err(Error::Shape { op: "attention", reason: format!("slot {} of {}", row.slot, kv.slots) });
     }
     match kv.dtype {
-        DenseType::F32 => typed::<f32>(isa, pool, qkv, rows, rope, kv, out),
-        DenseType::F16 => typed::<f16>(isa, pool, qkv, rows, rope, kv, out),
-        DenseType::BF16 => typed::<bf16>(isa, pool, qkv, rows, rope, kv, out),
+        DenseType::F32 => typed::<f32>(isa, pool, qkv, rows, rope, kv, scratch, out),
+        DenseType::F16 => typed::<f16>(isa, pool, qkv, rows, rope, kv, scratch, out),
+        DenseType::BF16 => typed::<bf16>(isa, pool, qkv, rows, rope, kv, scratch, out),
     }
     Ok(())
 }
 
+#[allow(clippy::too_many_arguments)]
 fn typed<E: Stored>(
     isa: Isa,
     pool: &Pool,
@@ -369,11 +158,11 @@ fn typed<E: Stored>(
     rows: &[RowPosition],
     rope: &RopeTable,
     kv: &mut CpuKv,
+    scratch: &mut Shared,
     out: &mut [f32],
 ) {
     let (shape, capacity) = (kv.shape, kv.capacity);
-    let (dim, group, tokens) = (shape.head_dim, shape.group(), rows.len());
-    let padded = dim.next_multiple_of(LANES);
+    let tokens = rows.len();
     let keys = bytemuck::cast_slice_mut::<u8, E>(&mut kv.keys);
     let values = bytemuck::cast_slice_mut::<u8, E>(&mut kv.values);
     let (k_ptr, v_ptr) = (SendPtr(keys.as_mut_ptr()), SendPtr(values.as_mut_ptr()));
@@ -387,26 +176,211 @@ fn typed<E: Stored>(
     } else {
         pool.run(shape.kv_heads, &write)
     }
-    let (keys, values) = (&*keys, &*values);
-    let base = SendPtr(out.as_mut_ptr());
-    pool.run(tokens * shape.kv_heads, &|task| {
+    let attending = Attending {
+        isa,
+        shape,
+        qkv,
+        rows,
+        rope,
+        capacity,
+        keys: &*keys,
+        values: &*values,
+        out: SendPtr(out.as_mut_ptr()),
+    };
+    // Too few heads to keep all threads busy: a head's positions and dimensions are shared out too.
+    let longest = rows.iter().map(|r| r.position + 1).max().unwrap_or(0);
+    if pool.threads() > 1 && tokens * shape.kv_heads < 4 * pool.threads() && longest > 2 * BLOCK {
+        attending.shared(pool, longest, scratch);
+    } else {
         // One head after the other: its keys and values stay in the cache while the tokens pass by.
-        let (head, t) = (task / tokens, task % tokens);
-        let row = rows[t];
-        let (cos, sin) = rope.at(row.position);
-        let width = group * dim;
-        let x = &qkv[t * shape.qkv_dim() + head * width..][..width];
-        let start = (row.slot * shape.kv_heads + head) * capacity;
-        // SAFETY: task < tokens · kv_heads, so the range lies inside `out` (checked by the caller) and belongs
-        // to this task alone.
-        let out = unsafe { std::slice::from_raw_parts_mut(base.get().add((t * shape.kv_heads + head) * width), width) };
-        let keys = &keys[start * dim..][..capacity * dim];
-        let values = &values[start * padded..][..capacity * padded];
-        with_scratch(width, |q| {
-            for (x, q) in x.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
-                rotate(x, cos, sin, q);
-            }
-            attend::<E>(isa, q, keys, values, row.position, dim, shape.scale(), out);
+        pool.run(tokens * shape.kv_heads, &|task| attending.whole(task % tokens, task / tokens));
+    }
+}
+
+/// Buffers of attention that is shared out by positions.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// Queries, scores and what shrinks them.
+    floats: Vec<f32>,
+    states: Vec<Softmax>,
+}
+
+/// What every task of an attention reads, and where it writes.
+struct Attending<'a, E> {
+    isa: Isa,
+    shape: AttentionShape,
+    qkv: &'a [f32],
+    rows: &'a [RowPosition],
+    rope: &'a RopeTable,
+    capacity: usize,
+    keys: &'a [E],
+    values: &'a [E],
+    out: SendPtr<f32>,
+}
+
+impl<E: Stored> Attending<'_, E> {
+    /// Columns of 16 dimensions of a head.
+    fn columns(&self) -> usize {
+        self.shape.head_dim.div_ceil(LANES)
+    }
+
+    /// The keys and values that token `t` sees of a KV head.
+    fn cached(&self, t: usize, head: usize) -> Cached<'_, E> {
+        let (row, dim, padded) = (self.rows[t], self.shape.head_dim, LANES * self.columns());
+        let start = (row.slot * self.shape.kv_heads + head) * self.capacity;
+        Cached {
+            keys: &self.keys[start * dim..][..self.capacity * dim],
+            values: &self.values[start * padded..][..self.capacity * padded],
+            length: row.position + 1,
+            dim,
+            scale: self.shape.scale(),
+        }
+    }
+
+    /// Rotates the queries of token `t` for a KV head into `q` `[group][dim]`.
+    fn rotated(&self, t: usize, head: usize, q: &mut [f32]) {
+        let (cos, sin) = self.rope.at(self.rows[t].position);
+        let x = &self.qkv[t * self.shape.qkv_dim() + head * q.len()..][..q.len()];
+        let dim = self.shape.head_dim;
+        for (x, q) in x.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
+            rotate(x, cos, sin, q);
+        }
+    }
+
+    /// Writes columns from `first` on of a token's heads, which belong to the caller's task alone.
+    fn put(&self, t: usize, head: usize, first: usize, sums: &[[f32; LANES]], state: &Softmax) {
+        let (dim, group) = (self.shape.head_dim, self.shape.group());
+        finish(sums, state, group, |c, g, values| {
+            let at = (first + c) * LANES;
+            let len = LANES.min(dim - at);
+            let start = ((t * self.shape.kv_heads + head) * group + g) * dim + at;
+            // SAFETY: t, head and g are inside the shape and at + len <= dim, so the range lies inside the output
+            // (checked by the caller); no other task writes these columns of these heads.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(start), len) };
+            out.copy_from_slice(&values[..len]);
         });
-    });
+    }
+
+    /// One token and KV head.
+    fn whole(&self, t: usize, head: usize) {
+        let (head_of, group) = (self.cached(t, head), self.shape.group());
+        let (width, columns) = (group * self.shape.head_dim, self.columns());
+        with_scratch(width + columns * group * LANES, |scratch| {
+            let (q, sums) = scratch.split_at_mut(width);
+            self.rotated(t, head, q);
+            sums.fill(0.0);
+            let sums = sums.as_chunks_mut().0;
+            let mut scored = [[0f32; BLOCK]; AttentionShape::MAX_GROUP];
+            let mut shrink = [0f32; AttentionShape::MAX_GROUP];
+            let (scored, mut state) = (&mut scored[..group], Softmax::new());
+            for block in 0..head_of.blocks() {
+                score(self.isa, &head_of, q, block, scored);
+                soften(self.isa, &head_of, block, scored, &mut state, &mut shrink);
+                weigh(self.isa, &head_of, block, scored, &shrink, 0..columns, sums);
+            }
+            self.put(t, head, 0, sums, &state);
+        });
+    }
+
+    /// All tokens and heads in three dispatches: scores by blocks, the softmax by heads, values by columns.
+    fn shared(&self, pool: &Pool, longest: usize, scratch: &mut Shared) {
+        let (heads, group, columns) = (self.shape.kv_heads, self.shape.group(), self.columns());
+        let (pairs, blocks, width) = (self.rows.len() * heads, longest.div_ceil(BLOCK), group * self.shape.head_dim);
+        let of = |pair: usize| (pair / heads, pair % heads);
+        let floats = grown(&mut scratch.floats, pairs * (width + blocks * group * (BLOCK + 1)));
+        let (q, rest) = floats.split_at_mut(pairs * width);
+        let (scored, shrink) = rest.split_at_mut(pairs * blocks * group * BLOCK);
+        let scored = scored.as_chunks_mut::<BLOCK>().0;
+        for (pair, q) in q.chunks_exact_mut(width).enumerate() {
+            let (t, head) = of(pair);
+            self.rotated(t, head, q);
+        }
+        pool.for_each_chunk(scored, group, |i, scored| {
+            let (pair, block) = (i / blocks, i % blocks);
+            let (t, head) = of(pair);
+            let cached = self.cached(t, head);
+            if block < cached.blocks() {
+                score(self.isa, &cached, &q[pair * width..][..width], block, scored);
+            }
+        });
+        let states = grown(&mut scratch.states, pairs);
+        states.fill(Softmax::new());
+        let (scores_of, shrink_of) = (SendPtr(scored.as_mut_ptr()), SendPtr(shrink.as_mut_ptr()));
+        pool.for_each_chunk(states, 1, |pair, state| {
+            let (t, head) = of(pair);
+            let cached = self.cached(t, head);
+            for block in 0..cached.blocks() {
+                let at = (pair * blocks + block) * group;
+                // SAFETY: both have `group` elements for each block of each pair, and this task alone has this pair.
+                let (scored, shrink) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(scores_of.get().add(at), group),
+                        std::slice::from_raw_parts_mut(shrink_of.get().add(at), group),
+                    )
+                };
+                soften(self.isa, &cached, block, scored, &mut state[0], shrink);
+            }
+        });
+        let (scored, shrink) = (&*scored, &*shrink);
+        // Pieces of whole columns, about four tasks a thread.
+        let pieces = (4 * pool.threads()).div_ceil(pairs).next_power_of_two().min(columns);
+        let per_piece = columns.div_ceil(pieces);
+        let pieces = columns.div_ceil(per_piece);
+        pool.run(pairs * pieces, &|task| {
+            let (pair, first) = (task / pieces, task % pieces * per_piece);
+            let (t, head) = of(pair);
+            let (cached, range) = (self.cached(t, head), first..columns.min(first + per_piece));
+            with_scratch(range.len() * group * LANES, |sums| {
+                sums.fill(0.0);
+                let sums = sums.as_chunks_mut().0;
+                for block in 0..cached.blocks() {
+                    let at = (pair * blocks + block) * group;
+                    let (scored, shrink) = (&scored[at..at + group], &shrink[at..at + group]);
+                    weigh(self.isa, &cached, block, scored, shrink, range.clone(), sums);
+                }
+                self.put(t, head, first, sums, &states[pair]);
+            });
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A step on one thread and on several, which share out what one does alone.
+    #[test]
+    fn a_step_has_the_same_bits_however_it_is_shared_out() {
+        let cases = [(1, 4, 64), (5, 1, 20), (2, 3, 128), (3, 5, 40)];
+        for ((kv_heads, group, dim), positions) in cases.into_iter().zip([129, 200, 331, 256]) {
+            let shape = AttentionShape::new(kv_heads * group, kv_heads, dim).unwrap();
+            let rope = RopeTable::new(positions + 2, dim, 10_000.0).unwrap();
+            let row = |position| RowPosition { slot: 0, position };
+            let values = |tokens: usize, seed: usize| -> Vec<f32> {
+                let value = |i: usize| ((i.wrapping_mul(2_654_435_761) + seed * 977) % 1009) as f32 / 250.0 - 2.0;
+                (0..tokens * shape.qkv_dim()).map(value).collect()
+            };
+            for dtype in [DenseType::F32, DenseType::BF16] {
+                let mut first: Option<Vec<f32>> = None;
+                for isa in Isa::available() {
+                    for threads in [1, 2, 7] {
+                        let (pool, mut scratch) = (Pool::new(threads), Shared::default());
+                        let mut kv = CpuKv::new(dtype, shape, 1, positions + 2).unwrap();
+                        let mut got = Vec::new();
+                        // A prompt, one token, and two at a time.
+                        for (from, to) in [(0, positions - 1), (positions - 1, positions), (positions, positions + 2)] {
+                            let rows: Vec<_> = (from..to).map(row).collect();
+                            let mut out = vec![f32::NAN; rows.len() * shape.heads * dim];
+                            let qkv = values(rows.len(), from);
+                            attention(isa, &pool, shape, &qkv, &rows, &rope, &mut kv, &mut scratch, &mut out).unwrap();
+                            got.extend(out);
+                        }
+                        assert!(got.iter().all(|v| v.is_finite()));
+                        let same = first.get_or_insert_with(|| got.clone()) == &got;
+                        assert!(same, "{kv_heads} heads of {group}, {dim} wide, {isa:?}, {threads} threads");
+                    }
+                }
+            }
+        }
+    }
 }

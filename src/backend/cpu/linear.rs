@@ -101,7 +101,7 @@ pub(super) fn linear(
             let first_tile = tiles * task;
             let count = tiles.min(w.tiles() - first_tile);
             let data = &w.data()[first_tile * tile_bytes..][..count * tile_bytes];
-            with_scratch(count * block.panels * size * TILE_ROWS, |sums| {
+            with_scratch(tiles * block.panels * gemm.panel_tokens() * TILE_ROWS, |sums| {
                 let sums = bytemuck::cast_slice_mut::<f32, i32>(sums);
                 for (i, panels) in panel.chunks(block.panels * lines).enumerate() {
                     let at = first + i * block.panels * size;

@@ -204,7 +204,7 @@ impl Cpu {
             let reason = "the weight is no gate and up packed for each other".into();
             return Err(Error::Shape { op: "gated linear", reason });
         }
-        let Scratch { rows, panel, gate_up } = &mut *self.scratch();
+        let Scratch { rows, panel, gate_up, .. } = &mut *self.scratch();
         let tokens = x.len() / w.cols();
         if tokens == 0 || out.len() != tokens * w.rows() / 2 {
             return Err(shape_error("gated linear", x.len(), w.cols(), out.len()));
@@ -355,7 +355,8 @@ impl Cpu {
         kv: &mut CpuKv,
         out: &mut [f32],
     ) -> Result<()> {
-        attention::attention(self.isa, &self.pool, shape, qkv, rows, rope, kv, out)
+        let scratch = &mut self.scratch().attention;
+        attention::attention(self.isa, &self.pool, shape, qkv, rows, rope, kv, scratch, out)
     }
 
     /// Calls `row(t, out_t)` for every row of `stride` elements: here if there are few, else on all threads.

@@ -3,7 +3,7 @@
 use super::kernel::Line;
 use std::cell::RefCell;
 
-/// What the quantised linear needs between its steps.
+/// What the quantised linear and attention need between their steps.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
     /// The quantised rows.
@@ -12,6 +12,8 @@ pub(super) struct Scratch {
     pub panel: Vec<Line>,
     /// Gate and up before the activation.
     pub gate_up: Vec<f32>,
+    /// Of attention.
+    pub attention: super::attention::Shared,
 }
 
 /// The first `len` elements of a buffer that grows to the largest operation; what they hold is left from earlier ones.
