@@ -16,6 +16,7 @@ mod norm;
 mod output;
 mod pool;
 mod scratch;
+mod screened;
 mod simd;
 #[cfg(test)]
 mod suite;
@@ -31,6 +32,7 @@ pub use low_rank::CpuLowRank;
 pub use norm::Gate;
 pub use output::OutputColumns;
 pub use pool::Pool;
+pub use screened::{CpuScreened, MAX_TOP, Screening};
 pub use tiles::{CpuTernary, MAX_COLS, Segment};
 
 use super::activation::{QuantizedRows, row_stride};
