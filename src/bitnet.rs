@@ -10,7 +10,7 @@ use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, Sample
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
 use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits, Sequence, WeightSource};
-use crate::nn::KvCache;
+use crate::nn::{HeadChoice, HeadKind, KvCache};
 use crate::ternary::I2sLayout;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 use crate::{Error, Result};
@@ -35,6 +35,7 @@ pub struct LoadOptions {
     adapter: Option<PathBuf>,
     i2s_layout: Option<I2sLayout>,
     graphs: bool,
+    head: HeadChoice,
     progress: Option<fn(usize, usize)>,
 }
 
@@ -50,6 +51,7 @@ impl LoadOptions {
             adapter: None,
             i2s_layout: None,
             graphs: true,
+            head: HeadChoice::Auto,
             progress: None,
         }
     }
@@ -100,6 +102,12 @@ impl LoadOptions {
     /// on results.
     pub fn graphs(mut self, graphs: bool) -> Self {
         self.graphs = graphs;
+        self
+    }
+
+    /// How the output head is computed; decided from the model and the device by default, without effect on tokens.
+    pub fn head(mut self, head: impl Into<HeadChoice>) -> Self {
+        self.head = head.into();
         self
     }
 
@@ -169,7 +177,7 @@ impl LoadedDecoder {
         let source: &dyn WeightSource = adapted.as_ref().map_or(&weights, |a| a);
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
-        let decoder = Decoder::load(&backend, config.clone(), source, context, progress)?;
+        let decoder = Decoder::load(&backend, config.clone(), source, context, progress)?.with_head(options.head)?;
         let files = Some(checkpoint.source().clone());
         let adapter = adapter.as_ref().map(AdapterReport::new);
         Ok(Self { decoder, kv_dtype: options.kv_dtype, files, adapter, load_time: start.elapsed() })
@@ -189,7 +197,7 @@ impl LoadedDecoder {
         let weights = SyntheticWeights::new(&config, 0);
         let (context, layers) = (options.context_for(&config)?, config.num_layers);
         let progress = |done| options.progress.into_iter().for_each(|f| f(done, layers));
-        let decoder = Decoder::load(&backend, config, &weights, context, progress)?;
+        let decoder = Decoder::load(&backend, config, &weights, context, progress)?.with_head(options.head)?;
         Ok(Self { decoder, kv_dtype: options.kv_dtype, files: None, adapter: None, load_time: start.elapsed() })
     }
 
@@ -208,6 +216,8 @@ impl LoadedDecoder {
             context: self.decoder.context(),
             kv_dtype: self.kv_dtype,
             footprint: self.decoder.footprint(),
+            head: self.decoder.head().kind(),
+            head_dtype: self.decoder.head().weight().dtype(),
             adapter: self.adapter.clone(),
             load_time: self.load_time,
         }
@@ -235,6 +245,10 @@ pub struct Report {
     pub kv_dtype: DenseType,
     /// Bytes of the weights.
     pub footprint: Footprint,
+    /// How the output head is computed.
+    pub head: HeadKind,
+    /// Type that it is stored in.
+    pub head_dtype: DenseType,
     /// The adapter beside them.
     pub adapter: Option<AdapterReport>,
     /// Time that loading took.
@@ -242,9 +256,19 @@ pub struct Report {
 }
 
 impl Report {
-    /// Bytes of weights that a decoded token reads: ternary, unconverted, adapter and head.
+    /// Bytes of weights that a decoded token reads: ternary, unconverted, adapter and head; of a screened head without the
+    /// rows that its screen leaves.
     pub fn bytes_per_token(&self) -> usize {
         self.footprint.ternary + self.footprint.dense + self.footprint.adapter + self.footprint.head
+    }
+
+    /// How the output head is computed, with the type that it is stored in.
+    pub fn head_name(&self) -> String {
+        match self.head {
+            HeadKind::Full => self.head_dtype.to_string(),
+            HeadKind::Int8 => format!("int8, approximate, of {}", self.head_dtype),
+            kind => format!("{kind}, of {}", self.head_dtype),
+        }
     }
 
     /// Bytes that a position keeps in the KV cache.
@@ -269,11 +293,12 @@ impl std::fmt::Display for Report {
         }
         write!(
             f,
-            "; reads {:.1} MB a token (ternary {:.1}, head {:.1}), KV cache {} {:.1} kB a position, context {}; loaded in \
+            "; reads {:.1} MB a token (ternary {:.1}, head {:.1} {}), KV cache {} {:.1} kB a position, context {}; loaded in \
              {:.2} s",
             mb(self.bytes_per_token()),
             mb(self.footprint.ternary),
             mb(self.footprint.head),
+            self.head_name(),
             self.kv_dtype,
             self.kv_bytes_per_position() as f64 / 1e3,
             self.context,
@@ -429,10 +454,15 @@ impl BitNet {
 
 impl BitNet {
     /// Appends tokens and lends their logits to `read`; the position moves on unless something failed.
-    fn append(&mut self, tokens: &[u32], read: impl FnOnce(&mut TokenDraw, &Tensor) -> Result<()>) -> Result<()> {
+    fn append(
+        &mut self,
+        tokens: &[u32],
+        wanted: Logits,
+        read: impl FnOnce(&mut TokenDraw, &Tensor) -> Result<()>,
+    ) -> Result<()> {
         let sequence = Sequence { slot: 0, position: self.position, tokens };
         let Self { loaded, cache, draw, .. } = self;
-        loaded.decoder.forward_with(&[sequence], cache, Logits::Last, |logits| read(draw, logits))?;
+        loaded.decoder.forward_with(&[sequence], cache, wanted, |logits| read(draw, logits))?;
         self.position += tokens.len();
         Ok(())
     }
@@ -452,17 +482,20 @@ impl LanguageModel for BitNet {
     }
 
     fn advance(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        self.append(tokens, TokenDraw::read)?;
+        self.append(tokens, Logits::Last, TokenDraw::read)?;
         Ok(self.draw.logits())
     }
 
     fn feed(&mut self, tokens: &[u32]) -> Result<()> {
-        self.append(tokens, |_, _| Ok(()))
+        // Nobody looks at them: as few as there can be.
+        self.append(tokens, Logits::Top(1), |_, _| Ok(()))
     }
 
     fn draw(&mut self, tokens: &[u32], sampler: &mut Sampler) -> Result<Sampled> {
         let mut drawn = std::mem::take(&mut self.drawn);
-        let result = self.append(tokens, |draw, logits| draw.draw(logits, std::slice::from_mut(sampler), &mut drawn));
+        let samplers = std::slice::from_mut(sampler);
+        let wanted = TokenDraw::wanted(samplers);
+        let result = self.append(tokens, wanted, |draw, logits| draw.draw(logits, samplers, &mut drawn));
         let first = drawn.first().copied();
         self.drawn = drawn;
         result?;

@@ -8,7 +8,7 @@ use crate::backend::metal::{Metal, MetalMark, MetalSampler, MetalSampling};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::generate::{DeviceSampling, MarksHeld, TokenMark};
 use crate::generate::{Sampled, Sampler};
-use crate::model::read_logits;
+use crate::model::{Logits, read_logits};
 use crate::{Error, Result};
 use candle_core::Tensor;
 
@@ -29,6 +29,12 @@ impl TokenDraw {
     /// [`Error::Shape`] for a vocabulary that a GPU cannot draw from, [`Error::Unavailable`] if its memory is short.
     pub fn new(backend: &Backend, sequences: usize, vocab: usize) -> Result<Self> {
         Ok(Self { device: DeviceDraw::new(backend, sequences, vocab)?, vocab, logits: Vec::new() })
+    }
+
+    /// The logits that samplers need, each of its row.
+    pub fn wanted(samplers: &[Sampler]) -> Logits {
+        let most = samplers.iter().try_fold(1, |most, sampler| Some(sampler.decided_by()?.max(most)));
+        most.map_or(Logits::Last, Logits::Top)
     }
 
     /// Replaces `drawn` by one token for each row of f32 `logits` `[samplers, vocab]`, by that row's sampler. A row keeps

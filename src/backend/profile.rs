@@ -56,6 +56,13 @@ pub(crate) struct OpTimer<'a> {
     start: Instant,
 }
 
+impl OpTimer<'_> {
+    /// Counts bytes that only the operation itself could tell.
+    pub(crate) fn add_bytes(&mut self, bytes: usize) {
+        self.bytes += bytes;
+    }
+}
+
 impl Drop for OpTimer<'_> {
     fn drop(&mut self) {
         let time = self.start.elapsed();

@@ -47,7 +47,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     check_output(&args.output)?;
     let prompts = read_prompts(&args.input)?;
-    let loaded = args.model.load_decoder()?;
+    let loaded = args.model.for_all_logits().load_decoder()?;
     let decoder = &loaded.decoder;
     let cache = decoder.kv_cache(loaded.kv_dtype, 1)?;
     let mut tensors = Vec::new();

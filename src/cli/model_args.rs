@@ -7,6 +7,7 @@ use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::checkpoint::BUILTIN;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::model::Decoder;
+use candle_bitnet::nn::{HeadChoice, HeadKind};
 use candle_bitnet::ternary::I2sLayout;
 use candle_bitnet::{AdapterReport, BitNet, DeviceChoice, Error, LoadOptions, LoadedDecoder, select_device};
 use clap::Args;
@@ -47,6 +48,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse::<DenseType>)]
     pub kv_type: DenseType,
 
+    /// Output head: auto, full (as stored; also bf16), int8 (approximate), screened (the tokens of full) or screened-probable (those of full but for one in 10⁹)
+    #[arg(long, value_name = "HEAD", default_value = "auto", value_parser = parse::<HeadChoice>)]
+    pub head: HeadChoice,
+
     /// Compute every decode step anew instead of replaying a recorded one, on a GPU
     #[arg(long)]
     pub no_graph: bool,
@@ -61,6 +66,7 @@ impl RunArgs {
             .threads(self.threads)
             .context(self.context)
             .kv_dtype(self.kv_type)
+            .head(self.head)
             .graphs(!self.no_graph);
         Ok(if std::io::stderr().is_terminal() { options.on_progress(show_progress) } else { options })
     }
@@ -130,6 +136,14 @@ impl ModelArgs {
     fn options(&self) -> Result<LoadOptions> {
         let options = self.run.options()?.hub(self.hub.options());
         Ok(options.adapter(self.adapter.clone()).i2s_layout(self.i2s_layout))
+    }
+
+    /// The same where every logit is wanted: a screen would be made for nothing.
+    pub fn for_all_logits(mut self) -> Self {
+        if self.run.head == HeadChoice::Auto {
+            self.run.head = HeadKind::Full.into();
+        }
+        self
     }
 
     /// Loads the model with its text tools, and says on a terminal what was decided.

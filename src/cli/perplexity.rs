@@ -99,7 +99,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let path = args.file.or(args.text).unwrap_or_default();
     let (name, text) = read(&path)?;
-    let model = args.model.load()?;
+    let model = args.model.clone().for_all_logits().load()?;
     let context = model.decoder().context();
     let mut windows = Windows::new(context);
     windows.stride = args.stride.unwrap_or(windows.stride);

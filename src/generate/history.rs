@@ -54,6 +54,11 @@ impl History {
         }
     }
 
+    /// Whether any penalty is set.
+    pub(super) fn is_active(&self) -> bool {
+        !self.marks.is_empty()
+    }
+
     /// Whether [`Self::apply`] would change anything.
     pub(super) fn applies(&self) -> bool {
         !self.distinct.is_empty()

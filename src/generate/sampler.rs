@@ -90,6 +90,22 @@ impl Sampler {
         self.history.observe(token, true);
     }
 
+    /// How many of the largest logits, of equal ones the first, decide the next token: with any others, −∞ among them,
+    /// [`Self::sample`] draws the same. `None` if all can matter, or be asked for: with penalties, bias or
+    /// log-probabilities, or without top-k.
+    #[must_use]
+    pub fn decided_by(&self) -> Option<usize> {
+        let p = &self.params;
+        if self.history.is_active() || !p.logit_bias.is_empty() || p.logprobs {
+            return None;
+        }
+        match p.top_k {
+            _ if p.temperature == 0.0 => Some(1),
+            0 => None,
+            k => (k < self.vocab).then_some(k),
+        }
+    }
+
     /// Draws a token by `logits` (`[vocab]`). Of equal largest logits, greedy takes the lowest id.
     ///
     /// # Errors

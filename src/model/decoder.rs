@@ -6,7 +6,7 @@ use super::workspace::{Activations, Outputs, Pass, Workspace};
 use crate::backend::attention::{AttentionShape, RopeTable};
 use crate::backend::cpu::Gate;
 use crate::backend::{Backend, DenseType, DenseWeight, Rope};
-use crate::nn::{KvCache, Linear, LinearGroup, LinearParts, LowRank, RmsNorm};
+use crate::nn::{HeadChoice, KvCache, Linear, LinearGroup, LinearParts, LowRank, OutputHead, RmsNorm};
 use crate::ops::{self, AttentionInput, Output};
 use crate::{Error, Result};
 use candle_core::{Storage, Tensor};
@@ -28,6 +28,9 @@ pub struct Sequence<'a> {
 pub enum Logits {
     /// Those after each sequence's last token: `[sequences, vocab]`.
     Last,
+    /// As [`Logits::Last`], where only the k largest of each sequence matter, of equal ones the first, k up to 64: others may
+    /// be −∞ instead. With a screened head ([`OutputHead`]) and up to two sequences this reads less.
+    Top(usize),
     /// Those after every token, sequences one after the other: `[tokens, vocab]`.
     All,
 }
@@ -37,7 +40,7 @@ pub enum Logits {
 pub struct Footprint {
     /// Packed ternary weights.
     pub ternary: usize,
-    /// Output head.
+    /// Output head, as far as a token reads it of which the largest logit is asked for.
     pub head: usize,
     /// Embedding, where it is not the head; a token reads one row of it.
     pub embedding: usize,
@@ -90,7 +93,7 @@ pub struct Decoder {
     embedding: Arc<DenseWeight>,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Arc<DenseWeight>,
+    head: OutputHead,
     /// The tensors of the pass in progress, which wait for the next one.
     workspace: Mutex<Workspace>,
 }
@@ -135,8 +138,21 @@ impl Decoder {
             shape,
             embedding,
             layers,
-            head,
+            head: OutputHead::new(head),
         })
+    }
+
+    /// The same decoder with another kind of output head; [`Self::load`] gives the stored one.
+    ///
+    /// # Errors
+    /// As [`OutputHead::with_form`].
+    pub fn with_head(self, choice: HeadChoice) -> Result<Self> {
+        Ok(Self { head: self.head.with_form(&self.backend, choice)?, ..self })
+    }
+
+    /// The output head.
+    pub fn head(&self) -> &OutputHead {
+        &self.head
     }
 
     /// The configuration.
@@ -231,7 +247,7 @@ impl Decoder {
         self.check(batch, cache)?;
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let replayed = self.layers.iter().all(Layer::is_plain).then(|| cache.id());
-        workspace.with(batch, logits, replayed, |pass| self.run(pass, cache), read)
+        workspace.with(batch, logits, replayed, |pass| self.run(pass, cache, logits), read)
     }
 
     /// Why decode steps are computed anew each time, once, where the device could not record them.
@@ -240,7 +256,7 @@ impl Decoder {
     }
 
     /// The layers and the head: operations on tensors that exist, nothing else.
-    fn run(&self, pass: Pass<'_>, cache: &KvCache) -> Result<()> {
+    fn run(&self, pass: Pass<'_>, cache: &KvCache, wanted: Logits) -> Result<()> {
         let Pass { batch, activations: Activations { x, qkv, context, hidden }, picks, outputs } = pass;
         let (backend, shape, rope) = (&self.backend, self.shape, &self.rope);
         ops::embed(backend, &self.embedding, batch, x)?;
@@ -253,15 +269,19 @@ impl Decoder {
             layer.down.forward(backend, hidden, layer.mlp_sub_norm.as_ref(), Output::add_to(x))?;
         }
         let Outputs { picked, last, logits, .. } = outputs;
-        let wanted = match picks {
+        let hidden = match picks {
             [] => x,
             picks => {
                 ops::select_rows(backend, x, picks, picked)?;
                 picked
             }
         };
-        self.norm.forward(backend, wanted, last)?;
-        ops::dense_linear(backend, &self.head, last, Output::replace(logits))
+        self.norm.forward(backend, hidden, last)?;
+        let top = match wanted {
+            Logits::Top(k) => Some(k),
+            Logits::Last | Logits::All => None,
+        };
+        self.head.forward(backend, last, top, logits)
     }
 
     fn check(&self, batch: &[Sequence<'_>], cache: &KvCache) -> Result<()> {

@@ -6,6 +6,7 @@ mod kv_cache;
 mod linear;
 mod low_rank;
 mod norm;
+mod output_head;
 
 pub use bit_linear::BitLinear;
 pub use group::LinearGroup;
@@ -13,3 +14,4 @@ pub use kv_cache::KvCache;
 pub use linear::{Linear, LinearParts, LinearWeight};
 pub use low_rank::LowRank;
 pub use norm::RmsNorm;
+pub use output_head::{HeadChoice, HeadKind, HeadReads, OutputHead};

@@ -8,6 +8,7 @@
 mod attention;
 mod dense;
 pub mod grad;
+mod head;
 mod linear;
 mod low_rank;
 #[cfg(feature = "metal")]
@@ -18,6 +19,7 @@ mod rows;
 
 pub use attention::{AttentionInput, attention};
 pub use dense::dense_linear;
+pub use head::{HeadRead, int8_linear, screened_linear};
 pub use linear::{gated_linear, norm_linear};
 pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};

@@ -4,7 +4,7 @@
 //! chain of 16 lanes in one order, so a token's logits do not depend on how many tokens are computed with it.
 
 use super::isa::{Isa, per_isa};
-use super::lanes::{LANES, Stored, sum_lanes};
+use super::lanes::{Factor, LANES, Stored, sum_lanes};
 use super::output::OutputColumns;
 use super::pool::{Pool, SendPtr};
 use crate::backend::DenseType;
@@ -87,11 +87,23 @@ impl CpuDense {
         }
     }
 
+    /// The elements, row-major, of the type that they are stored in.
+    pub(super) fn values<E: Stored>(&self) -> &[E] {
+        debug_assert_eq!(E::KIND, self.dtype);
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// Tells the system that the elements have been read and need not stay in memory, where it can read them again.
+    pub(super) fn release(&self) {
+        if let Bytes::Mapped(file, range) = &self.bytes {
+            file.release(range.clone());
+        }
+    }
+
     /// Widens row `row` into `out`.
     pub(super) fn row(&self, row: usize, out: &mut [f32]) {
         fn widen<E: Stored>(m: &CpuDense, row: usize, out: &mut [f32]) {
-            let values: &[E] = bytemuck::cast_slice(m.bytes());
-            for (o, v) in out.iter_mut().zip(&values[row * m.cols..][..m.cols]) {
+            for (o, v) in out.iter_mut().zip(&m.values::<E>()[row * m.cols..][..m.cols]) {
                 *o = v.widen();
             }
         }
@@ -116,11 +128,11 @@ const SUMS: usize = 4 * LANES;
 /// Tokens that share one reading of a row.
 const PASS_TOKENS: usize = 4;
 /// Rows of a task: 128 KB of a bf16 head of width 2560.
-const TASK_ROWS: usize = 32;
+pub(super) const TASK_ROWS: usize = 32;
 
 /// One row times T tokens.
 #[inline(always)]
-fn pass<E: Stored, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
+fn pass<E: Factor, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
     let mut acc = [[0f32; SUMS]; T];
     // Arrays by reference, all of one count: no bounds check stands in the way of vectors.
     let (chunks, tail) = w.as_chunks::<SUMS>();
@@ -129,7 +141,7 @@ fn pass<E: Stored, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
         prefetch(w);
         let mut wide = [0f32; SUMS];
         for i in 0..SUMS {
-            wide[i] = w[i].widen();
+            wide[i] = w[i].value();
         }
         for t in 0..T {
             let x = &tokens[t][k];
@@ -140,7 +152,7 @@ fn pass<E: Stored, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
     }
     for t in 0..T {
         for (i, (w, x)) in tail.iter().zip(&x[t][chunks.len() * SUMS..]).enumerate() {
-            acc[t][i] += w.widen() * x;
+            acc[t][i] += w.value() * x;
         }
     }
     acc.map(|a| {
@@ -170,7 +182,7 @@ fn prefetch<E>(w: &[E; SUMS]) {
 
 per_isa! {
     /// Rows of `w` times all tokens of `x`: `out[t · stride + r]`, or that added to it.
-    pub(super) fn rows_times_tokens<E: Stored>(
+    pub(super) fn rows_times_tokens<E: Factor>(
         w: &[E],
         cols: usize,
         x: &[f32],
@@ -209,7 +221,7 @@ pub(super) fn dense_linear(isa: Isa, pool: &Pool, w: &CpuDense, x: &[f32], out: 
     let (width, add) = (out.width, out.add);
     let out = out.begin("dense linear", tokens, w.rows)?;
     fn typed<E: Stored>(isa: Isa, pool: &Pool, m: &CpuDense, x: &[f32], width: usize, add: bool, base: SendPtr<f32>) {
-        let weights: &[E] = bytemuck::cast_slice(m.bytes());
+        let weights = m.values::<E>();
         pool.run(m.rows.div_ceil(TASK_ROWS), &|task| {
             let first = task * TASK_ROWS;
             let count = TASK_ROWS.min(m.rows - first);

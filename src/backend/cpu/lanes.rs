@@ -73,6 +73,26 @@ pub trait Stored: bytemuck::Pod + Send + Sync {
     const KIND: DenseType;
 }
 
+/// What a product in f32 can be made of: a stored type, or codes.
+pub(super) trait Factor: bytemuck::Pod + Send + Sync {
+    /// Widens exactly.
+    fn value(self) -> f32;
+}
+
+impl<E: Stored> Factor for E {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self.widen()
+    }
+}
+
+impl Factor for i8 {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        f32::from(self)
+    }
+}
+
 impl Stored for f32 {
     const KIND: DenseType = DenseType::F32;
 

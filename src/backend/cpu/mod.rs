@@ -7,6 +7,7 @@ pub mod autograd;
 mod bandwidth;
 mod dense;
 mod generic;
+mod int8;
 mod isa;
 mod kernel;
 mod lanes;
@@ -27,12 +28,13 @@ mod x86_64;
 pub use attention::CpuKv;
 pub use bandwidth::{bandwidth_buffer, read_bandwidth};
 pub use dense::CpuDense;
+pub use int8::CpuInt8;
 pub use kernel::{Block, KernelKind, Line, PanelGemm, TernaryKernel};
 pub use low_rank::CpuLowRank;
 pub use norm::Gate;
 pub use output::OutputColumns;
 pub use pool::Pool;
-pub use screened::{CpuScreened, MAX_TOP, Screening};
+pub use screened::{Bound, CpuScreened, FAILURE, MAX_TOP, Screening};
 pub use tiles::{CpuTernary, MAX_COLS, Segment};
 
 use super::activation::{QuantizedRows, row_stride};
@@ -292,6 +294,59 @@ impl Cpu {
     /// [`Error::Shape`] for operands that do not fit.
     pub fn dense_linear(&self, w: &CpuDense, x: &[f32], out: OutputColumns<'_>) -> Result<()> {
         dense::dense_linear(self.isa, &self.pool, w, x, out)
+    }
+
+    /// Codes that screen an output head. None if its values cannot be bounded: they are not finite, say. The head's own
+    /// pages are given back where they lie in a file.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn screen(&self, head: &CpuDense, bound: Bound) -> Result<Option<CpuScreened>> {
+        let screened = CpuScreened::new(self.isa, &self.pool, head, bound)?;
+        head.release();
+        Ok(screened)
+    }
+
+    /// Logits of one input by a screened head: exactly those of `head` in every row that can be among its `k` largest, −∞
+    /// in the others. `scanned` is called between looking at all rows and computing those. None if `x` is not finite or too
+    /// large to be bounded: then `out` is as it was, and [`Cpu::dense_linear`] is the way.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn screened_linear(
+        &self,
+        screened: &CpuScreened,
+        head: &CpuDense,
+        x: &[f32],
+        k: usize,
+        out: &mut [f32],
+        scanned: impl FnOnce(),
+    ) -> Result<Option<Screening>> {
+        let shape = (screened.rows(), screened.cols());
+        if shape != (head.rows(), head.cols()) || shape != (out.len(), x.len()) || k > MAX_TOP {
+            return Err(shape_error("screened head", x.len(), head.cols(), out.len()));
+        }
+        let scratch = &mut self.scratch().screen;
+        Ok(screened.top(self.isa, &self.pool, head, x, k, scratch, out, scanned))
+    }
+
+    /// An output head rounded to eight bits. None if a value is not finite. The head's own pages are given back where they
+    /// lie in a file.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if memory is short.
+    pub fn int8(&self, head: &CpuDense) -> Result<Option<CpuInt8>> {
+        let rounded = CpuInt8::new(self.isa, &self.pool, head)?;
+        head.release();
+        Ok(rounded)
+    }
+
+    /// Product with a head of eight bits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for operands that do not fit.
+    pub fn int8_linear(&self, w: &CpuInt8, x: &[f32], out: OutputColumns<'_>) -> Result<()> {
+        int8::int8_linear(self.isa, &self.pool, w, x, out)
     }
 
     /// Adds low-rank updates of rows of `cols` inputs to rows of `stride` outputs, each from the row on that stands

@@ -1,6 +1,7 @@
 //! Buffers of the operation in progress, which stay for the next one.
 
 use super::kernel::Line;
+use super::screened::ScreenScratch;
 use std::cell::RefCell;
 
 /// What the quantised linear and attention need between their steps.
@@ -14,6 +15,8 @@ pub(super) struct Scratch {
     pub gate_up: Vec<f32>,
     /// Of attention.
     pub attention: super::attention::Shared,
+    /// What the screened head knows of its rows.
+    pub screen: ScreenScratch,
 }
 
 /// The first `len` elements of a buffer that grows to the largest operation; what they hold is left from earlier ones.

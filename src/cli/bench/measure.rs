@@ -9,7 +9,7 @@ use candle_bitnet::backend::cpu::read_bandwidth;
 use candle_bitnet::backend::host;
 use candle_bitnet::generate::{Sampled, Sampler};
 use candle_bitnet::model::{Decoder, Logits, Sequence};
-use candle_bitnet::nn::KvCache;
+use candle_bitnet::nn::{HeadReads, KvCache};
 use candle_bitnet::{LoadedDecoder, TokenDraw};
 use std::time::{Duration, Instant};
 
@@ -44,11 +44,14 @@ pub fn measure(model: String, loaded: &LoadedDecoder, plan: Plan) -> Result<Repo
     let mut bench = Bench::new(loaded, batch)?;
     bench.prefill(pp.min(WARM_UP.0))?;
     bench.decode(pp.min(WARM_UP.0), tg.min(WARM_UP.1))?;
+    let mut reads = HeadReads::default();
     let (mut prefill, mut decode, mut bandwidth) = (Vec::new(), Vec::new(), Vec::new());
     let (mut resident, mut memory) = (None, None);
     for _ in 0..reps {
         prefill.push((batch * pp) as f64 / bench.prefill(pp)?);
+        let before = decoder.head().reads();
         decode.push((batch * tg) as f64 / bench.decode(pp, tg)?);
+        reads = reads.and(decoder.head().reads().since(before));
         (resident, memory) = (host::resident_bytes(), backend.device_memory()?);
         bandwidth.push(match backend.copy_bandwidth()? {
             Some(copied) => copied,
@@ -58,7 +61,8 @@ pub fn measure(model: String, loaded: &LoadedDecoder, plan: Plan) -> Result<Repo
     let profile = plan.profile.then(|| bench.profile(pp, tg)).transpose()?;
     let (prefill, decode, bandwidth) = (Spread::of(prefill), Spread::of(decode), Spread::of(bandwidth).median / 1e9);
     let kv = about.kv_bytes_per_position() * (pp + tg.div_ceil(2));
-    let weight_bytes = about.bytes_per_token();
+    let (head, head_name) = (reads.bytes / reads.passes.max(1), about.head_name());
+    let weight_bytes = about.bytes_per_token() - about.footprint.head + head;
     let bytes_per_step = weight_bytes + batch * kv;
     let decode_gbps = decode.median / batch as f64 * bytes_per_step as f64 / 1e9;
     let on_gpu = memory.is_some();
@@ -77,7 +81,10 @@ pub fn measure(model: String, loaded: &LoadedDecoder, plan: Plan) -> Result<Repo
         decode_tps_range: [decode.min, decode.max],
         bytes_per_token: weight_bytes + kv,
         bytes_per_token_ternary: about.footprint.ternary,
-        bytes_per_token_head: about.footprint.head,
+        bytes_per_token_head: head,
+        head: head_name,
+        head_rows_refined: reads.screened_mean(reads.refined),
+        head_rows_rescored: reads.screened_mean(reads.rescored),
         bytes_per_token_dense: about.footprint.dense,
         bytes_per_token_adapter: about.footprint.adapter,
         bytes_per_token_kv: kv,
@@ -126,7 +133,7 @@ impl<'a> Bench<'a> {
             let prompt: Vec<u32> = (0..pp).map(|i| ((i * 7919 + slot) % self.vocab) as u32).collect();
             for (i, tokens) in prompt.chunks(CHUNK).enumerate() {
                 let piece = Sequence { slot, position: i * CHUNK, tokens };
-                self.decoder.forward_with(&[piece], &self.cache, Logits::Last, |_| Ok(()))?;
+                self.decoder.forward_with(&[piece], &self.cache, Logits::Top(1), |_| Ok(()))?;
             }
         }
         self.decoder.backend().synchronize()?;
@@ -142,7 +149,8 @@ impl<'a> Bench<'a> {
         for position in pp..pp + tg {
             let sequence = |(slot, token)| Sequence { slot, position, tokens: std::slice::from_ref(token) };
             let step: Vec<Sequence<'_>> = tokens.iter().enumerate().map(sequence).collect();
-            decoder.forward_with(&step, cache, Logits::Last, |logits| draw.draw(logits, samplers, drawn))?;
+            decoder
+                .forward_with(&step, cache, TokenDraw::wanted(samplers), |logits| draw.draw(logits, samplers, drawn))?;
             tokens.clear();
             tokens.extend(drawn.iter().map(|sampled| sampled.token));
         }

@@ -26,7 +26,15 @@ pub struct Report {
     /// Stored bytes that a token reads which is decoded alone.
     pub bytes_per_token: usize,
     pub bytes_per_token_ternary: usize,
+    /// Measured: of a screened head with the rows that it computes; in a batch, of the step.
     pub bytes_per_token_head: usize,
+    /// How the output head is computed.
+    pub head: String,
+    /// Rows of a screened head of which more bits were read than of all, mean over the tokens. None where nothing was
+    /// screened.
+    pub head_rows_refined: Option<f64>,
+    /// Likewise, rows that were computed from the stored weights.
+    pub head_rows_rescored: Option<f64>,
     pub bytes_per_token_dense: usize,
     pub bytes_per_token_adapter: usize,
     /// Mean over the decoded positions.
@@ -73,12 +81,19 @@ impl Report {
             }
             _ => String::new(),
         };
+        let rescored = match (self.head_rows_refined, self.head_rows_rescored) {
+            (Some(refined), Some(rescored)) => {
+                format!("screened  {rescored:.1} rows of the head computed a token, {refined:.1} looked at twice\n")
+            }
+            _ => String::new(),
+        };
         let text = format!(
             "{}: {} kernel {}{}, KV {}{}\n\
              load      {:.2} s\n\
              prefill   {:.1} tokens/s ({:.1} to {:.1}), {each}{} tokens\n\
              decode    {:.2} tokens/s ({:.2} to {:.2}), {each}{} tokens\n\
-             a token   {:.1} MB: ternary {:.1}, head {:.1}, other {:.1}, KV {:.1}\n\
+             a token   {:.1} MB: ternary {:.1}, head {:.1} ({}), other {:.1}, KV {:.1}\n\
+             {rescored}\
              {step}bandwidth {:.1} GB/s of the {bandwidth}: {:.0} %\n\
              {device}resident  {}\n",
             self.model,
@@ -99,6 +114,7 @@ impl Report {
             mb(self.bytes_per_token),
             mb(self.bytes_per_token_ternary),
             mb(self.bytes_per_token_head),
+            self.head,
             mb(self.bytes_per_token_dense + self.bytes_per_token_adapter),
             mb(self.bytes_per_token_kv),
             self.decode_gbps,

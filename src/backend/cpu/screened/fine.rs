@@ -12,11 +12,14 @@ pub(super) fn row_bytes(cols: usize) -> usize {
     cols.div_ceil(RUN * CODES) * RUN
 }
 
-/// Writes a row, whose bytes are zero; `codes` have eight bits.
-pub(super) fn put(bits: &mut [u8], codes: &[u8]) {
-    for (run, codes) in bits.chunks_exact_mut(RUN).zip(codes.chunks(RUN * CODES)) {
-        for (column, code) in codes.iter().enumerate() {
-            run[column % RUN] |= (code & 3) << (2 * (column / RUN));
+per_isa! {
+    /// Writes a row; `codes` have eight bits, and as many columns as the row has room for.
+    pub(super) fn put(bits: &mut [u8], codes: &[u8]) {
+        for (run, codes) in bits.as_chunks_mut::<RUN>().0.iter_mut().zip(codes.as_chunks::<{ RUN * CODES }>().0) {
+            for j in 0..RUN {
+                let two = |place: usize| (codes[place * RUN + j] & 3) << (2 * place);
+                run[j] = two(0) | two(1) | two(2) | two(3);
+            }
         }
     }
 }

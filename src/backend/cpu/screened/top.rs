@@ -1,36 +1,41 @@
-//! The k largest of many numbers, of which only the least is asked for.
+//! The k largest of many numbers.
 
 use super::MAX_TOP;
 
-/// The k largest numbers so far, descending.
+/// The k largest numbers so far, descending, and whose they are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Largest {
-    values: [f64; MAX_TOP],
+    values: [(f64, usize); MAX_TOP],
     k: usize,
 }
 
 impl Largest {
     /// None yet; `k` is from 1 to [`MAX_TOP`].
     pub fn new(k: usize) -> Self {
-        Self { values: [f64::NEG_INFINITY; MAX_TOP], k: k.clamp(1, MAX_TOP) }
+        Self { values: [(f64::NEG_INFINITY, 0); MAX_TOP], k: k.clamp(1, MAX_TOP) }
     }
 
-    pub fn offer(&mut self, value: f64) {
-        let kept = &mut self.values[..self.k];
-        if value > kept[kept.len() - 1] {
-            let at = kept.partition_point(|v| *v >= value);
-            kept[at..].rotate_right(1);
-            kept[at] = value;
+    #[inline(always)]
+    pub fn offer(&mut self, value: f64, row: usize) {
+        if value > self.values[self.k - 1].0 {
+            self.insert(value, row);
         }
     }
 
-    pub fn merge(&mut self, other: &Self) {
-        other.values[..other.k].iter().for_each(|v| self.offer(*v));
+    fn insert(&mut self, value: f64, row: usize) {
+        let kept = &mut self.values[..self.k];
+        let at = kept.partition_point(|(v, _)| *v >= value);
+        kept[at..].rotate_right(1);
+        kept[at] = (value, row);
     }
 
-    /// The k-th largest; −∞ if there were fewer.
-    pub fn least(&self) -> f64 {
-        self.values[self.k - 1]
+    pub fn merge(&mut self, other: &Self) {
+        other.values[..other.k].iter().for_each(|(value, row)| self.offer(*value, *row));
+    }
+
+    /// Whose the i-th largest is; `i` is less than k, and k no more than there were.
+    pub fn row(&self, i: usize) -> usize {
+        self.values[i].1
     }
 }
 
@@ -39,17 +44,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kth_largest_is_that_of_sorting() {
+    fn the_largest_are_those_of_sorting() {
         let numbers: Vec<f64> = (0..500).map(|i| f64::from((i * 7919) % 257) - 100.0).collect();
         let mut sorted = numbers.clone();
         sorted.sort_by(|a, b| b.total_cmp(a));
         for k in [1, 2, 3, 17, 64] {
             let mut halves = [Largest::new(k); 2];
-            numbers.iter().enumerate().for_each(|(i, v)| halves[i % 2].offer(*v));
+            numbers.iter().enumerate().for_each(|(i, v)| halves[i % 2].offer(*v, i));
             let [mut all, other] = halves;
             all.merge(&other);
-            assert_eq!(all.least(), sorted[k - 1], "{k}");
+            let mut rows: Vec<usize> = (0..k).map(|i| all.row(i)).collect();
+            assert_eq!(rows.iter().map(|row| numbers[*row]).collect::<Vec<_>>(), sorted[..k], "{k}");
+            rows.sort_unstable();
+            rows.dedup();
+            assert_eq!(rows.len(), k);
         }
-        assert_eq!(Largest::new(3).least(), f64::NEG_INFINITY);
     }
 }
