@@ -18,6 +18,8 @@ mod finetune;
 mod generate;
 #[path = "cli/gguf.rs"]
 mod gguf;
+#[path = "cli/head.rs"]
+mod head;
 #[path = "cli/hostile.rs"]
 mod hostile;
 #[path = "cli/logits.rs"]

@@ -6,6 +6,7 @@ mod common;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
 use candle_bitnet::model::{Logits, Sequence, read_logits};
+use candle_bitnet::nn::HeadKind;
 use candle_bitnet::{DeviceChoice, LoadOptions, LoadedDecoder, select_device};
 use candle_core::Tensor;
 use common::{FIXTURES, fixture};
@@ -119,6 +120,28 @@ fn a_decode_step_allocates_no_tensor_but_the_one_that_it_returns() {
         assert!(count <= checks + 5, "{context}: {count} allocations, {checks} with lent logits");
         let most = 4 * model.config().vocab_size + 64 * checks + 512;
         assert!(bytes <= most, "{context}: {bytes} bytes, more than {most}");
+    }
+}
+
+#[test]
+fn no_kind_of_head_allocates_more() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for kind in [HeadKind::Int8, HeadKind::Screened, HeadKind::ScreenedProbable] {
+        let loaded = LoadedDecoder::load(fixture(FIXTURES[0]).to_str().unwrap(), &options(2).head(kind)).unwrap();
+        let model = &loaded.decoder;
+        let cache = model.kv_cache(DenseType::F32, 1).unwrap();
+        let mut kept = Vec::new();
+        let mut step = |position: usize| {
+            let tokens = [position as u32 % 256];
+            let sequence = Sequence { slot: 0, position, tokens: &tokens };
+            let read = |logits: &Tensor| read_logits(logits, &mut kept);
+            model.forward_with(&[sequence], &cache, Logits::Top(40), read).unwrap();
+        };
+        (0..4).for_each(&mut step);
+        let checks = 5 * model.config().num_layers + 3;
+        for position in 4..36 {
+            assert_eq!(counted(|| step(position)), (checks, 64 * checks), "{kind}, position {position}");
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
 use candle_bitnet::backend::{Arrangement, Backend, Gpu, auto_device, gpus, metal_gpus};
+use candle_bitnet::nn::HeadChoice;
 use candle_bitnet::{DeviceChoice, Error, select_device};
 use candle_core::Device;
 use serde::Serialize;
@@ -120,6 +121,8 @@ struct Report {
     read_gbps: Option<f64>,
     devices: Vec<Kind>,
     auto: Auto,
+    /// What --head auto stands for.
+    head_auto: &'static str,
     self_check: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu_check: Option<Checked>,
@@ -188,6 +191,7 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
             kind("metal", cfg!(feature = "metal"), metal_gpus()),
         ],
         auto,
+        head_auto: HeadChoice::AUTO,
         self_check: self_check(backend).map(|()| "the chosen kernel equals the reference")?,
         gpu_check,
     })
@@ -317,6 +321,7 @@ fn describe(r: &Report) -> String {
         }
     }
     text += &format!("\nauto         {}: {}\n", r.auto.device, r.auto.why);
+    text += &format!("head         auto: {}\n", r.head_auto);
     if let Some(gpu) = &r.gpu_check {
         let copy = gpu.copy_gbps.map(|g| format!("; a copy in its memory moves {g:.1} GB/s")).unwrap_or_default();
         text += &format!("GPU check    {}: {}{copy}\n", gpu.device, gpu.self_check);

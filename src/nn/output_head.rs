@@ -52,7 +52,8 @@ impl fmt::Display for HeadKind {
 /// Which kind of output head to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeadChoice {
-    /// [`HeadKind::Screened`] on the CPU for a head of 32 MiB or more, [`HeadKind::Full`] otherwise. Without effect on tokens.
+    /// [`HeadKind::Screened`] on a CPU with AVX2 or AVX-512 for a head of 32 MiB or more, in rows of 256 or more;
+    /// [`HeadKind::Full`] otherwise. Without effect on tokens.
     #[default]
     Auto,
     /// This one.
@@ -61,7 +62,7 @@ pub enum HeadChoice {
 
 impl HeadChoice {
     /// What [`HeadChoice::Auto`] stands for, in words.
-    pub const AUTO: &str = "screened on the CPU where the head has 32 MiB or more, full otherwise";
+    pub const AUTO: &str = "screened on a CPU with AVX2 or AVX-512 where the head has 32 MiB or more, full otherwise";
 }
 
 impl From<HeadKind> for HeadChoice {
@@ -176,7 +177,8 @@ impl OutputHead {
             HeadChoice::Kind(kind) => kind,
             HeadChoice::Auto => {
                 let pays = self.weight.bytes() >= SCREENED_BYTES && self.weight.cols() >= SCREENED_COLS;
-                let screened = (backend.is_cpu() && pays).then(|| self.form(backend, HeadKind::Screened));
+                let fast = backend.is_cpu() && backend.cpu().screens_fast();
+                let screened = (fast && pays).then(|| self.form(backend, HeadKind::Screened));
                 let form = screened.and_then(|form| form.ok().flatten()).unwrap_or(Form::Full);
                 return Ok(Self { form, ..self });
             }
@@ -323,7 +325,8 @@ mod tests {
         let kind = |rows, cols, value: &dyn Fn(usize) -> f32| {
             head(&backend, rows, cols, value).with_form(&backend, HeadChoice::Auto).unwrap().kind()
         };
-        assert_eq!(kind(SCREENED_BYTES / 512, 256, &|_| 0.5), HeadKind::Screened);
+        let large = if backend.cpu().screens_fast() { HeadKind::Screened } else { HeadKind::Full };
+        assert_eq!(kind(SCREENED_BYTES / 512, 256, &|_| 0.5), large);
         assert_eq!(kind(SCREENED_BYTES / 512, 256, &|i| if i == 77 { f32::NAN } else { 0.5 }), HeadKind::Full);
         assert_eq!(kind(SCREENED_BYTES / 512 - 1, 256, &|_| 0.5), HeadKind::Full);
         assert_eq!(kind(100, 300, &|_| 0.5), HeadKind::Full);

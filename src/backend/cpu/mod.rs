@@ -296,6 +296,11 @@ impl Cpu {
         dense::dense_linear(self.isa, &self.pool, w, x, out)
     }
 
+    /// Whether screening has a kernel here: without one, it works and takes longer than the whole head.
+    pub fn screens_fast(&self) -> bool {
+        self.isa != Isa::portable()
+    }
+
     /// Codes that screen an output head. None if its values cannot be bounded: they are not finite, say. The head's own
     /// pages are given back where they lie in a file.
     ///

@@ -327,3 +327,46 @@ fn a_device_follows_the_marks() {
     free.marks_since(&mut held, &mut marks);
     assert_eq!(marks, []);
 }
+
+proptest! {
+    /// Few distinct logits: ties everywhere.
+    #[test]
+    fn what_decides_is_enough(
+        logits in prop::collection::vec((-9i8..9).prop_map(|v| f32::from(v) / 4.0), 2..300),
+        temperature in prop_oneof![Just(0.0f32), 0.1f32..3.0],
+        k in 0usize..80, top_p in prop_oneof![Just(1.0f32), 0.1f32..1.0], min_p in prop_oneof![Just(0.0f32), 0f32..0.5],
+        seed: u64,
+    ) {
+        let params = SamplingParams { temperature, top_k: k, top_p, min_p, seed, ..neutral() };
+        let mut whole = Sampler::new(&params, logits.len());
+        let Some(decide) = whole.decided_by() else {
+            prop_assert!(temperature > 0.0 && (k == 0 || k >= logits.len()));
+            return Ok(());
+        };
+        prop_assert_eq!(decide, if temperature == 0.0 { 1 } else { k });
+        let mut sorted = logits.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let least = sorted[decide - 1];
+        let some: Vec<f32> = logits.iter().map(|v| if *v < least { f32::NEG_INFINITY } else { *v }).collect();
+        let mut screened = whole.clone();
+        for _ in 0..20 {
+            prop_assert_eq!(screened.sample(&some).unwrap(), whole.sample(&logits).unwrap());
+        }
+    }
+}
+
+#[test]
+fn what_asks_for_all_logits_is_not_decided_by_a_few() {
+    let greedy = SamplingParams { temperature: 0.0, ..neutral() };
+    assert_eq!(Sampler::new(&greedy, 9).decided_by(), Some(1));
+    for params in [
+        SamplingParams { repetition_penalty: 1.1, ..greedy.clone() },
+        SamplingParams { presence_penalty: 0.1, ..greedy.clone() },
+        SamplingParams { frequency_penalty: -0.1, ..greedy.clone() },
+        SamplingParams { logit_bias: vec![(3, 1.0)], ..greedy.clone() },
+        SamplingParams { logprobs: true, ..greedy.clone() },
+        neutral(),
+    ] {
+        assert_eq!(Sampler::new(&params, 9).decided_by(), None, "{params:?}");
+    }
+}

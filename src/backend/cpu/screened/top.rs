@@ -2,7 +2,7 @@
 
 use super::MAX_TOP;
 
-/// The k largest numbers so far, descending, and whose they are.
+/// The k largest numbers so far, descending, and whose they are; of equal ones the first, in whichever order they come.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Largest {
     values: [(f64, usize); MAX_TOP],
@@ -12,21 +12,23 @@ pub(super) struct Largest {
 impl Largest {
     /// None yet; `k` is from 1 to [`MAX_TOP`].
     pub fn new(k: usize) -> Self {
-        Self { values: [(f64::NEG_INFINITY, 0); MAX_TOP], k: k.clamp(1, MAX_TOP) }
+        Self { values: [(f64::NEG_INFINITY, usize::MAX); MAX_TOP], k: k.clamp(1, MAX_TOP) }
     }
 
     #[inline(always)]
     pub fn offer(&mut self, value: f64, row: usize) {
-        if value > self.values[self.k - 1].0 {
+        if value >= self.values[self.k - 1].0 {
             self.insert(value, row);
         }
     }
 
     fn insert(&mut self, value: f64, row: usize) {
         let kept = &mut self.values[..self.k];
-        let at = kept.partition_point(|(v, _)| *v >= value);
-        kept[at..].rotate_right(1);
-        kept[at] = (value, row);
+        let at = kept.partition_point(|(v, r)| *v > value || *v == value && *r < row);
+        if let Some(less) = kept.get_mut(at..).filter(|less| !less.is_empty()) {
+            less.rotate_right(1);
+            less[0] = (value, row);
+        }
     }
 
     pub fn merge(&mut self, other: &Self) {
@@ -46,18 +48,14 @@ mod tests {
     #[test]
     fn the_largest_are_those_of_sorting() {
         let numbers: Vec<f64> = (0..500).map(|i| f64::from((i * 7919) % 257) - 100.0).collect();
-        let mut sorted = numbers.clone();
-        sorted.sort_by(|a, b| b.total_cmp(a));
+        let mut sorted: Vec<usize> = (0..500).collect();
+        sorted.sort_by(|a, b| numbers[*b].total_cmp(&numbers[*a]));
         for k in [1, 2, 3, 17, 64] {
             let mut halves = [Largest::new(k); 2];
-            numbers.iter().enumerate().for_each(|(i, v)| halves[i % 2].offer(*v, i));
+            numbers.iter().enumerate().rev().for_each(|(i, v)| halves[i % 2].offer(*v, i));
             let [mut all, other] = halves;
             all.merge(&other);
-            let mut rows: Vec<usize> = (0..k).map(|i| all.row(i)).collect();
-            assert_eq!(rows.iter().map(|row| numbers[*row]).collect::<Vec<_>>(), sorted[..k], "{k}");
-            rows.sort_unstable();
-            rows.dedup();
-            assert_eq!(rows.len(), k);
+            assert_eq!((0..k).map(|i| all.row(i)).collect::<Vec<_>>(), sorted[..k], "{k}");
         }
     }
 }
