@@ -30,6 +30,7 @@ pub struct LoadOptions {
     device: Device,
     cpu: CpuOptions,
     context: Option<usize>,
+    default_context: usize,
     kv_dtype: DenseType,
     hub: HubOptions,
     adapter: Option<PathBuf>,
@@ -46,6 +47,7 @@ impl LoadOptions {
             device: device.clone(),
             cpu: CpuOptions::default(),
             context: None,
+            default_context: DEFAULT_CONTEXT,
             kv_dtype: DenseType::F32,
             hub: HubOptions::from_env(),
             adapter: None,
@@ -68,9 +70,15 @@ impl LoadOptions {
         self
     }
 
-    /// Positions of a sequence; by default the model's, at most [`DEFAULT_CONTEXT`].
+    /// Positions of a sequence; by default the model's, at most [`Self::default_context`].
     pub fn context(mut self, positions: Option<usize>) -> Self {
         self.context = positions;
+        self
+    }
+
+    /// Most positions of a sequence where [`Self::context`] does not say how many; [`DEFAULT_CONTEXT`] unless set.
+    pub fn default_context(mut self, positions: usize) -> Self {
+        self.default_context = positions;
         self
     }
 
@@ -105,6 +113,16 @@ impl LoadOptions {
         self
     }
 
+    /// Whether these options load onto the CPU.
+    pub fn is_for_cpu(&self) -> bool {
+        self.device.is_cpu()
+    }
+
+    /// Type of the KV cache.
+    pub(crate) fn kv_type(&self) -> DenseType {
+        self.kv_dtype
+    }
+
     /// How the output head is computed; decided from the model and the device by default, without effect on tokens.
     pub fn head(mut self, head: impl Into<HeadChoice>) -> Self {
         self.head = head.into();
@@ -124,7 +142,7 @@ impl LoadOptions {
     fn context_for(&self, config: &ModelConfig) -> Result<usize> {
         let most = config.max_positions;
         match self.context {
-            None => Ok(most.min(DEFAULT_CONTEXT)),
+            None => Ok(most.min(self.default_context.max(1))),
             Some(n) if (1..=most).contains(&n) => Ok(n),
             Some(n) => {
                 Err(Error::request("--context", format!("{n} is not between 1 and {most}, the model's positions")))

@@ -17,12 +17,14 @@
 //! ```
 //!
 //! The layer alone, for anybody's candle model, is [`nn::BitLinear`]. The rooms, from files to text:
-//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`], [`evaluate`].
+//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`], [`evaluate`], [`bench`].
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod backend;
+pub mod bench;
 mod bitnet;
+mod chart;
 pub mod checkpoint;
 mod draw;
 mod error;

@@ -2,6 +2,8 @@
 
 #[path = "cli/adapter.rs"]
 mod adapter;
+#[path = "cli/bench.rs"]
+mod bench;
 #[path = "cli/builtin.rs"]
 mod builtin;
 #[path = "cli/chat.rs"]

@@ -1,34 +1,30 @@
 //! `bitnet bench`: prefill and decode speed, beside the bandwidth of the device's memory measured in the same run.
 
-mod measure;
-mod operations;
 mod prompts;
-mod report;
-mod spread;
 
 use super::model_args::{HubArgs, RunArgs, parse, warn_of_no_replay, warn_of_other_base};
 use super::print;
 use anyhow::Result;
-use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
-use candle_bitnet::model::config::{MAX_POSITIONS, ModelConfig};
-use candle_bitnet::model::presets::Preset;
+use candle_bitnet::bench::{Baseline, BaselineType, BenchModel, MAX_BATCH, MAX_REPS, Plan, SweepAxes, measure, sweep};
+use candle_bitnet::checkpoint::{BUILTIN, ModelFiles};
+use candle_bitnet::model::config::MAX_POSITIONS;
 use candle_bitnet::ternary::I2sLayout;
-use candle_bitnet::{BitNet, Error, LoadedDecoder};
-use measure::{Plan, measure};
+use candle_bitnet::{BitNet, Error, LoadOptions};
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 /// Tokens to prefill and to decode, where the model has the positions and nobody says otherwise.
 const DEFAULT_LENGTHS: (usize, usize) = (512, 128);
-/// Most repetitions.
-const MAX_REPS: usize = 1000;
-/// Most sequences that are decoded together.
-const MAX_BATCH: usize = 32;
+/// The same for each point of a sweep.
+const SWEEP_LENGTHS: (usize, usize) = (128, 32);
 
 /// Measure prefill and decode speed
 ///
 /// Decode is limited by memory: the report sets the bytes that a step reads against how fast the same threads read the
 /// same weights in the same run or, on a GPU, how fast a copy moves bytes within its memory. --synthetic needs no file;
 /// --prompts runs real prompts through a model.
+/// --baseline measures candle-transformers' dense Llama of the same shape as well, --sweep the same model over threads,
+/// context and batch.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
@@ -59,9 +55,24 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true)]
     reps: usize,
 
-    /// Sequences that are decoded together, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, conflicts_with = "prompts")]
-    batch: usize,
+    /// Sequences that are decoded together, 1 to 32 [default: 1, or the preset's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with = "prompts")]
+    batch: Option<usize>,
+
+    /// Vary these one at a time: threads, context, batch; each chooses its values unless they follow, as in
+    /// threads=1,2,context=128,4096,batch. A context's decode ends there; elsewhere 128 tokens are prefilled and 32
+    /// decoded, unless --pp and --tg say otherwise
+    #[arg(long, value_name = "AXES", value_parser = parse::<SweepAxes>, conflicts_with_all = ["prompts", "profile"])]
+    sweep: Option<SweepAxes>,
+
+    /// Draw the sweep as an SVG file
+    #[arg(long, value_name = "FILE", requires = "sweep")]
+    chart: Option<PathBuf>,
+
+    /// Measure a dense Llama of the same shape with random weights afterwards, in f32, bf16 or both (f32,bf16)
+    #[arg(long, value_name = "TYPES", value_delimiter = ',', value_parser = parse::<BaselineType>,
+          conflicts_with_all = ["prompts", "sweep"])]
+    baseline: Vec<BaselineType>,
 
     /// Tell what each operation of a decode step takes, on a GPU each kernel, in a run of its own
     #[arg(long, conflicts_with = "prompts")]
@@ -84,11 +95,12 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
+    let batch = args.batch.or(args.run.preset_batch()).unwrap_or(1);
     for (flag, value, most) in [
         ("--pp", args.pp, MAX_POSITIONS),
         ("--tg", args.tg, MAX_POSITIONS),
         ("--reps", Some(args.reps), MAX_REPS),
-        ("--batch", Some(args.batch), MAX_BATCH),
+        ("--batch", Some(batch), MAX_BATCH),
     ] {
         if let Some(value) = value.filter(|n| !(1..=most).contains(n)) {
             let reason = format!("{value} is not between 1 and {most}");
@@ -103,61 +115,74 @@ pub fn run(args: Args) -> Result<()> {
         warn_of_other_base(&args.model, loaded.report().adapter.as_ref());
         return prompts::run(&mut loaded, &list, args.tg.unwrap_or(DEFAULT_LENGTHS.1), args.json);
     }
-    let source = match &args.synthetic {
-        Some(preset) => Source::Preset(preset),
+    let model = match &args.synthetic {
+        Some(preset) => BenchModel::synthetic(preset)?,
         None => {
             let files = ModelFiles::find(&args.model, &args.hub.options())?;
-            Source::Files(files.with_i2s_layout(args.i2s_layout)?)
+            BenchModel::files(&args.model, files.with_i2s_layout(args.i2s_layout)?)?
         }
     };
-    let positions = source.positions()?;
+    let positions = model.config().max_positions;
     let (pp, tg) = lengths(&args, args.run.context.map_or(positions, |n| n.min(positions)));
+    let plan = Plan { pp, tg, batch, reps: args.reps, profile: args.profile };
+    match &args.sweep {
+        Some(axes) => run_sweep(&args, &model, &options, plan, axes),
+        None => run_once(&args, &model, options, plan),
+    }
+}
+
+/// One measurement, and the baselines.
+fn run_once(args: &Args, model: &BenchModel, mut options: LoadOptions, plan: Plan) -> Result<()> {
     if args.run.context.is_none() {
         // Just what the run needs, so that the memory reported is the model's.
-        options = options.context(Some(pp.saturating_add(tg)));
+        options = options.context(Some(plan.pp.saturating_add(plan.tg)));
     }
-    let (name, loaded) = match &source {
-        Source::Preset(preset) => (format!("synthetic {preset}"), LoadedDecoder::synthetic(preset, &options)),
-        Source::Files(files) => (args.model.clone(), LoadedDecoder::open(files, &options)),
-    };
-    let loaded = loaded.map_err(|e| match e {
-        // The context is what these flags need together, unless it was given.
-        Error::Request { what, reason } if what == "--context" && args.run.context.is_none() => {
-            Error::request(format!("--pp {pp} and --tg {tg}"), format!("together, {reason}"))
-        }
-        e => e,
-    })?;
-    warn_of_other_base(&name, loaded.adapter.as_ref());
-    let plan = Plan { pp, tg, batch: args.batch, reps: args.reps, profile: args.profile };
-    let report = measure(name, &loaded, plan)?;
+    for dtype in &args.baseline {
+        Baseline::check(model.config(), *dtype, plan, options.is_for_cpu())?;
+    }
+    let loaded = model.load(&options).map_err(|e| too_long(e, args, plan))?;
+    warn_of_other_base(&model.name(), loaded.adapter.as_ref());
+    let mut report = measure(model.name(), &loaded, plan)?;
     warn_of_no_replay(&loaded.decoder);
+    // One model in memory at a time.
+    drop(loaded);
+    for dtype in &args.baseline {
+        let baseline = Baseline::measure(model.config(), *dtype, plan, &report)?;
+        report.baselines.push(baseline);
+    }
     print(&if args.json { serde_json::to_string_pretty(&report)? } else { report.describe() })
 }
 
-/// What is measured.
-enum Source<'a> {
-    Preset(&'a str),
-    Files(ModelFiles),
+/// The sweep's table and chart; on a terminal, each point as it is done.
+fn run_sweep(args: &Args, model: &BenchModel, options: &LoadOptions, plan: Plan, axes: &SweepAxes) -> Result<()> {
+    let progress = std::io::stderr().is_terminal();
+    let swept = sweep(model, options, plan, axes, |point| {
+        if progress {
+            let speed = point.report.as_ref().map_or("skipped".into(), |r| format!("{:.2} tokens/s", r.decode_tps));
+            // Standard error may be closed; that is no reason to fail.
+            let _ = writeln!(std::io::stderr(), "{} {}: {speed}", point.axis.name(), point.value);
+        }
+    })
+    .map_err(|e| too_long(e, args, plan))?;
+    if let Some(file) = &args.chart {
+        swept.write_chart(file)?;
+    }
+    print(&if args.json { serde_json::to_string_pretty(&swept)? } else { swept.describe() })
 }
 
-impl Source<'_> {
-    /// Positions that the model was trained for.
-    fn positions(&self) -> Result<usize> {
-        let config = match self {
-            Self::Preset(preset) => Preset::find(preset)?.config(),
-            Self::Files(files) => {
-                let checkpoint = Checkpoint::open(files)?;
-                let (path, text) = checkpoint.config();
-                ModelConfig::parse(path, text)?
-            }
-        };
-        Ok(config.max_positions)
+/// An error about the context, which is what these flags need together unless it was given.
+fn too_long(error: Error, args: &Args, plan: Plan) -> Error {
+    match error {
+        Error::Request { what, reason } if what == "--context" && args.run.context.is_none() => {
+            Error::request(format!("--pp {} and --tg {}", plan.pp, plan.tg), format!("together, {reason}"))
+        }
+        e => e,
     }
 }
 
 /// Tokens to prefill and to decode: what was asked for, and for the rest what so many positions hold.
 fn lengths(args: &Args, positions: usize) -> (usize, usize) {
-    let (pp, tg) = DEFAULT_LENGTHS;
+    let (pp, tg) = if args.sweep.is_some() { SWEEP_LENGTHS } else { DEFAULT_LENGTHS };
     let tg = args.tg.unwrap_or(tg.min(positions / 4).max(1));
     (args.pp.unwrap_or(pp.min(positions.saturating_sub(tg)).max(1)), tg)
 }

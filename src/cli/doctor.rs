@@ -1,11 +1,13 @@
 //! `bitnet doctor`: what this machine has, and what would be chosen on it.
 
 use super::model_args::RunArgs;
+use super::preset::{self, Explained};
 use super::{first_line, print};
 use anyhow::Result;
 use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
 use candle_bitnet::backend::{Arrangement, Backend, Gpu, auto_device, gpus, metal_gpus};
+use candle_bitnet::bench::EnergyCounters;
 use candle_bitnet::nn::HeadChoice;
 use candle_bitnet::{DeviceChoice, Error, select_device};
 use candle_core::Device;
@@ -119,6 +121,13 @@ struct Report {
     available_bytes: Option<u64>,
     /// Sustained with all threads.
     read_gbps: Option<f64>,
+    /// CPU packages whose energy can be read.
+    energy_packages: Option<usize>,
+    /// Why it cannot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    energy_unreadable: Option<String>,
+    presets: Vec<Explained>,
+    preset_that_fits: String,
     devices: Vec<Kind>,
     auto: Auto,
     /// What --head auto stands for.
@@ -130,7 +139,7 @@ struct Report {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let options = CpuOptions { kernel: args.run.kernel, threads: args.run.threads };
+    let options = CpuOptions { kernel: args.run.kernel, threads: args.run.threads() };
     let (device, why) = auto_device();
     let gpu_check = match (args.run.device, device) {
         (asked, found) if args.self_test => {
@@ -174,6 +183,9 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
     // A measurement needs memory to spare; without it the rest is still worth knowing.
     let read_gbps =
         bandwidth_buffer(cpu, BANDWIDTH_BYTES).ok().map(|b| read_bandwidth(cpu, &[&b], BANDWIDTH_TIME) / 1e9);
+    let energy = EnergyCounters::open().map(|counters| counters.packages());
+    let on_gpu = auto.device != DeviceChoice::Cpu.to_string();
+    let (presets, preset_that_fits) = preset::explain(host::physical_cores(), host::total_bytes(), on_gpu);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         cpu: host::cpu_name().unwrap_or_else(|| "unknown".into()),
@@ -185,6 +197,10 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
         memory_bytes: host::total_bytes(),
         available_bytes: host::available_bytes(),
         read_gbps,
+        energy_packages: energy.as_ref().ok().copied(),
+        energy_unreadable: energy.err(),
+        presets,
+        preset_that_fits,
         devices: vec![
             Kind { name: "cpu", built: true, present: true, reason: None, gpus: Vec::new() },
             kind("cuda", cfg!(feature = "cuda"), gpus()),
@@ -270,7 +286,7 @@ fn describe(r: &Report) -> String {
     let gb = |bytes: Option<u64>| bytes.map_or("unknown".into(), |b| format!("{:.1} GB", b as f64 / 1e9));
     let mut text = format!(
         "bitnet {}\nCPU          {} ({})\ncores        {} physical, {} hardware threads; {} used\n\
-         memory       {}, {} available\nread         {}\nself-check   {}\n\nkernels, fastest first:\n",
+         memory       {}, {} available\nread         {}\nenergy       {}\nself-check   {}\n\nkernels, fastest first:\n",
         r.version,
         r.cpu,
         r.architecture,
@@ -280,6 +296,10 @@ fn describe(r: &Report) -> String {
         gb(r.memory_bytes),
         gb(r.available_bytes),
         r.read_gbps.map_or("not measured".into(), |g| format!("{g:.1} GB/s with {} threads", r.threads)),
+        match (r.energy_packages, &r.energy_unreadable) {
+            (Some(n), _) => format!("readable, {n} CPU package{}", if n == 1 { "" } else { "s" }),
+            (None, reason) => format!("not readable: {}", reason.as_deref().unwrap_or("unknown")),
+        },
         r.self_check,
     );
     for k in &r.kernels {
@@ -327,7 +347,7 @@ fn describe(r: &Report) -> String {
         text += &format!("GPU check    {}: {}{copy}\n", gpu.device, gpu.self_check);
         text += &table(&gpu.self_test);
     }
-    text
+    text + &preset::describe(&r.presets, &r.preset_that_fits)
 }
 
 /// The self-test's parts, one a line.

@@ -1,6 +1,5 @@
 //! `bitnet logits`: the logits of given token ids, for comparison with other programs.
 
-use super::greedy_sampler;
 use super::model_args::ModelArgs;
 use anyhow::{Context, Result, bail};
 use candle_bitnet::Error;
@@ -8,6 +7,7 @@ use candle_bitnet::backend::host::MappedFile;
 use candle_bitnet::checkpoint::StoredType;
 use candle_bitnet::checkpoint::header;
 use candle_bitnet::checkpoint::write::{Entry, write_file};
+use candle_bitnet::generate::Sampler;
 use candle_bitnet::model::{Decoder, Logits, Sequence, read_logits};
 use candle_bitnet::nn::KvCache;
 use std::path::{Path, PathBuf};
@@ -122,7 +122,7 @@ fn all_logits(decoder: &Decoder, cache: &KvCache, ids: &[u32]) -> Result<Vec<f32
 }
 
 fn greedy(decoder: &Decoder, cache: &KvCache, ids: &[u32], count: usize) -> Result<Vec<u32>> {
-    let mut sampler = greedy_sampler(decoder.config().vocab_size)?;
+    let mut sampler = Sampler::greedy(decoder.config().vocab_size);
     let (mut position, mut next, mut tokens) = (0, ids.to_vec(), Vec::new());
     let mut values = Vec::new();
     for _ in 0..count {

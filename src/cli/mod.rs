@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod logits;
 mod model_args;
 pub mod perplexity;
+mod preset;
 mod sampling_args;
 pub mod synth;
 pub mod train;
@@ -23,7 +24,6 @@ mod train_flags;
 mod train_progress;
 
 use anyhow::Context;
-use candle_bitnet::generate::{GenerateOptions, GenerationDefaults, Sampler};
 use clap::{Parser, Subcommand};
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -73,12 +73,6 @@ impl Command {
             Self::Completions(args) => completions::run(args),
         }
     }
-}
-
-/// A sampler that takes the most likely token, whatever a checkpoint recommends.
-fn greedy_sampler(vocab: usize) -> candle_bitnet::Result<Sampler> {
-    let params = GenerateOptions::default().greedy().resolve(&GenerationDefaults::default(), vocab)?;
-    Ok(Sampler::new(&params.sampling, vocab))
 }
 
 /// Prints a command's result, ended by one line break. A closed pipe is a quiet end: `bitnet doctor | head` is no

@@ -1,6 +1,7 @@
 //! The flags that every command with a model shares.
 
 use super::first_line;
+use super::preset::Preset;
 use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
@@ -36,6 +37,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "KERNEL", value_parser = parse::<KernelKind>)]
     pub kernel: Option<KernelKind>,
 
+    /// Settings for a kind of use, which other flags override: mobile, edge, server or cloud; doctor explains them
+    #[arg(long, value_name = "NAME", value_parser = parse::<Preset>)]
+    pub preset: Option<Preset>,
+
     /// Threads of the CPU [default: physical cores]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub threads: Option<usize>,
@@ -44,13 +49,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub context: Option<usize>,
 
-    /// Type of the KV cache: f32, bf16 or f16
-    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = parse::<DenseType>)]
-    pub kv_type: DenseType,
+    /// Type of the KV cache: f32, bf16 or f16 [default: f32]
+    #[arg(long, value_name = "TYPE", value_parser = parse::<DenseType>)]
+    pub kv_type: Option<DenseType>,
 
-    /// Output head: auto, full (as stored; also bf16), int8 (approximate), screened (the tokens of full) or screened-probable (those of full but for one in 10⁹)
-    #[arg(long, value_name = "HEAD", default_value = "auto", value_parser = parse::<HeadChoice>)]
-    pub head: HeadChoice,
+    /// Output head: auto, full (as stored; also bf16), int8 (approximate), screened (the tokens of full) or screened-probable (those of full but for one in 10⁹) [default: auto]
+    #[arg(long, value_name = "HEAD", value_parser = parse::<HeadChoice>)]
+    pub head: Option<HeadChoice>,
 
     /// Compute every decode step anew instead of replaying a recorded one, on a GPU
     #[arg(long)]
@@ -58,16 +63,33 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
+    /// Threads of the CPU, where a flag or the preset says how many.
+    pub fn threads(&self) -> Option<usize> {
+        self.threads.or(self.preset.map(|p| p.threads_here()))
+    }
+
+    /// Sequences that the preset decodes together.
+    pub fn preset_batch(&self) -> Option<usize> {
+        self.preset.map(|p| p.batch)
+    }
+
     /// Options for loading, without a hub.
     pub fn options(&self) -> Result<LoadOptions> {
         let device = select_device(self.device)?;
-        let options = LoadOptions::new(&device)
+        let mut options = LoadOptions::new(&device)
             .kernel(self.kernel)
-            .threads(self.threads)
+            .threads(self.threads())
             .context(self.context)
-            .kv_dtype(self.kv_type)
-            .head(self.head)
             .graphs(!self.no_graph);
+        if let Some(preset) = self.preset {
+            options = options.default_context(preset.context).kv_dtype(preset.kv_type).head(preset.head);
+        }
+        if let Some(dtype) = self.kv_type {
+            options = options.kv_dtype(dtype);
+        }
+        if let Some(head) = self.head {
+            options = options.head(head);
+        }
         Ok(if std::io::stderr().is_terminal() { options.on_progress(show_progress) } else { options })
     }
 }
@@ -140,8 +162,8 @@ impl ModelArgs {
 
     /// The same where every logit is wanted: a screen would be made for nothing.
     pub fn for_all_logits(mut self) -> Self {
-        if self.run.head == HeadChoice::Auto {
-            self.run.head = HeadKind::Full.into();
+        if matches!(self.run.head, None | Some(HeadChoice::Auto)) {
+            self.run.head = Some(HeadKind::Full.into());
         }
         self
     }

@@ -175,7 +175,15 @@ impl Decoder {
     /// # Errors
     /// [`Error::Unavailable`] if the device refuses the memory.
     pub fn kv_cache(&self, dtype: DenseType, slots: usize) -> Result<KvCache> {
-        KvCache::new(&self.backend, self.shape, dtype, self.layers.len(), slots, self.context())
+        self.kv_cache_of(dtype, slots, self.context())
+    }
+
+    /// A KV cache for sequences of at most `positions`, where the whole context is not needed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the device refuses the memory.
+    pub fn kv_cache_of(&self, dtype: DenseType, slots: usize, positions: usize) -> Result<KvCache> {
+        KvCache::new(&self.backend, self.shape, dtype, self.layers.len(), slots, positions.min(self.context()))
     }
 
     /// What the weights occupy, by what reads them.

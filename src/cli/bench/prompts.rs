@@ -1,9 +1,9 @@
 //! `bench --prompts`: real prompts, with success, speed and latency of each and of all.
 
-use super::spread::Spread;
 use crate::cli::model_args::warn_of_no_replay;
 use crate::cli::{first_line, on_threads, print};
 use anyhow::{Context, Result, bail};
+use candle_bitnet::bench::Spread;
 use candle_bitnet::generate::{GenerateOptions, Generation};
 use candle_bitnet::{BitNet, Error};
 use serde::Serialize;

@@ -1,10 +1,10 @@
 //! `bench --profile`: what each operation of a decode step takes.
 
-use candle_bitnet::backend::OpTime;
+use crate::backend::OpTime;
 use serde::Serialize;
 
 /// An operation, or on a GPU a kernel, within a decode step.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Operation {
     name: String,
     calls_per_step: f64,
@@ -18,7 +18,7 @@ pub struct Operation {
 
 impl Operation {
     /// What was timed in so many steps.
-    pub fn of(times: Vec<OpTime>, steps: usize) -> Vec<Self> {
+    pub(super) fn of(times: Vec<OpTime>, steps: usize) -> Vec<Self> {
         let (all, steps) = (times.iter().map(|t| t.seconds).sum::<f64>(), steps.max(1) as f64);
         let share = |seconds: f64| if all > 0.0 { seconds / all } else { 0.0 };
         let operation = |t: OpTime| Self {
@@ -34,7 +34,7 @@ impl Operation {
 }
 
 /// A table, and how it compares with a step of `step_ms` that was measured without the profile.
-pub fn describe(operations: &[Operation], step_ms: f64) -> String {
+pub(super) fn describe(operations: &[Operation], step_ms: f64) -> String {
     let width = operations.iter().map(|o| o.name.len()).max().unwrap_or(0).max("operation".len());
     let mut text = format!("\n{:width$}  calls/step  ms/step   share   GB/s\n", "operation");
     for o in operations {

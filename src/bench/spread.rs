@@ -3,8 +3,11 @@
 /// Median, smallest and largest of some measurements.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spread {
+    /// The middle one, or the mean of the two in the middle.
     pub median: f64,
+    /// The smallest.
     pub min: f64,
+    /// The largest.
     pub max: f64,
 }
 

@@ -1,30 +1,39 @@
-//! What `bench` reports of a model and this machine.
+//! What is reported of a model and this machine.
 
+use super::baseline::Baseline;
 use super::operations::{self, Operation};
-use crate::cli::on_threads;
 use serde::Serialize;
 
 /// All that was measured.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// The model's name.
     pub model: String,
+    /// Where it ran.
     pub device: String,
+    /// The ternary kernel.
     pub kernel: String,
     /// Of the CPU; none on a GPU.
     pub threads: Option<usize>,
+    /// The CPU's name.
     pub cpu: Option<String>,
     /// Sequences that are decoded together.
     pub batch: usize,
     /// Of each sequence.
     pub prefill_tokens: usize,
+    /// Steps of each sequence.
     pub decode_tokens: usize,
     /// Tokens a second of all sequences, median.
     pub prefill_tps: f64,
+    /// Least and most of the repetitions.
     pub prefill_tps_range: [f64; 2],
+    /// Tokens a second of all sequences, median.
     pub decode_tps: f64,
+    /// Least and most of the repetitions.
     pub decode_tps_range: [f64; 2],
     /// Stored bytes that a token reads which is decoded alone.
     pub bytes_per_token: usize,
+    /// Of these, packed ternary weights.
     pub bytes_per_token_ternary: usize,
     /// Measured: of a screened head with the rows that it computes; in a batch, of the step.
     pub bytes_per_token_head: usize,
@@ -35,12 +44,17 @@ pub struct Report {
     pub head_rows_refined: Option<f64>,
     /// Likewise, rows that were computed from the stored weights.
     pub head_rows_rescored: Option<f64>,
+    /// Of these, projections that are not ternary.
     pub bytes_per_token_dense: usize,
+    /// Of these, the adapter.
     pub bytes_per_token_adapter: usize,
     /// Mean over the decoded positions.
     pub bytes_per_token_kv: usize,
+    /// Of all weights in memory, an embedding that is not the head as well.
+    pub weight_bytes: usize,
     /// Of a step of all sequences: the weights once, and every sequence's keys and values.
     pub bytes_per_step: usize,
+    /// Stored bytes that decode reads in a second, in GB.
     pub decode_gbps: f64,
     /// How fast the same threads read the same weights, computing nothing; after each repetition, median. None on a GPU.
     pub read_gbps: Option<f64>,
@@ -52,14 +66,61 @@ pub struct Report {
     pub resident_bytes: Option<u64>,
     /// In use of the GPU's memory, by all processes.
     pub device_bytes: Option<usize>,
+    /// Of the GPU's memory.
     pub device_total_bytes: Option<usize>,
+    /// From opening the checkpoint to the last packed weight.
     pub load_seconds: f64,
+    /// Type of the KV cache.
     pub kv_type: &'static str,
+    /// Where it can be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub energy: Option<Energy>,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub energy_unreadable: Option<String>,
+    /// The dense model of the same shape, measured after this one had left the memory.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub baselines: Vec<Baseline>,
+    /// Of a decode step, in a run of its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<Vec<Operation>>,
 }
 
+/// Energy of the CPU's packages, with everything in them that ran meanwhile; on a GPU its own is not in it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Energy {
+    /// CPU packages that are counted.
+    pub packages: usize,
+    /// Median of the repetitions.
+    pub prefill_joules_per_token: f64,
+    /// Median of the repetitions.
+    pub decode_joules_per_token: f64,
+    /// Mean power of a decode, median of the repetitions.
+    pub decode_watts: f64,
+}
+
+impl std::fmt::Display for Energy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let packages =
+            if self.packages == 1 { "the CPU package".into() } else { format!("{} CPU packages", self.packages) };
+        write!(
+            f,
+            "{:.3} J a token decoded, {:.3} J prefilled; {:.1} W of {packages}",
+            self.decode_joules_per_token, self.prefill_joules_per_token, self.decode_watts
+        )
+    }
+}
+
 impl Report {
+    /// What is printed of energy, whether it was read or not.
+    pub(super) fn energy_line(energy: Option<&Energy>, unreadable: Option<&str>) -> String {
+        match (energy, unreadable) {
+            (Some(energy), _) => format!("energy    {energy}\n"),
+            (None, Some(reason)) => format!("energy    not readable: {reason}\n"),
+            (None, None) => String::new(),
+        }
+    }
+
     /// For people.
     pub fn describe(&self) -> String {
         let mb = |bytes: usize| bytes as f64 / 1e6;
@@ -99,7 +160,7 @@ impl Report {
             self.model,
             self.device,
             self.kernel,
-            on_threads(self.threads),
+            self.threads.map(|n| format!(", {n} thread{}", if n == 1 { "" } else { "s" })).unwrap_or_default(),
             self.kv_type,
             self.cpu.as_ref().map(|c| format!("; {c}")).unwrap_or_default(),
             self.load_seconds,
@@ -121,6 +182,9 @@ impl Report {
             100.0 * self.decode_share,
             self.resident_bytes.map_or("unknown".into(), |b| format!("{:.0} MB", b as f64 / 1e6)),
         );
+        let text = text
+            + &Self::energy_line(self.energy.as_ref(), self.energy_unreadable.as_deref())
+            + &self.baselines.iter().map(|b| b.describe(self)).collect::<String>();
         let step_ms = 1e3 * self.batch as f64 / self.decode_tps;
         text + &self.profile.as_ref().map(|p| operations::describe(p, step_ms)).unwrap_or_default()
     }
