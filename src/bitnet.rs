@@ -58,6 +58,12 @@ impl LoadOptions {
         }
     }
 
+    /// Another device than the one that these options were made for.
+    pub fn device(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
+    }
+
     /// Threads on the CPU; by default the physical cores.
     pub fn threads(mut self, threads: Option<usize>) -> Self {
         self.cpu.threads = threads;

@@ -1,4 +1,4 @@
-//! Charts of lines, drawn as SVG without a font: the text is the viewer's.
+//! Charts of lines and of bars, drawn as SVG without a font: the text is the viewer's.
 
 use plotters::prelude::*;
 use std::ops::Range;
@@ -128,6 +128,47 @@ fn draw(panel: &Panel, area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift
     Ok(())
 }
 
+/// Bars of one quantity, each with its name and its value.
+#[derive(Debug, Clone)]
+pub(crate) struct Bars {
+    pub title: String,
+    pub colour: RGBColor,
+    pub bars: Vec<(String, f64)>,
+}
+
+/// Blocks of bars below each other, as SVG.
+pub(crate) fn bars(title: &str, blocks: &[Bars]) -> Result<String, DrawError> {
+    const LINE: i32 = 26;
+    const LEFT: i32 = 330;
+    const WIDTH: i32 = 480;
+    const RIGHT: i32 = 110;
+    let height: i32 = blocks.iter().map(|b| (b.bars.len() as i32 + 2) * LINE).sum();
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, ((LEFT + WIDTH + RIGHT) as u32, (height + 48) as u32));
+        let root = root.into_drawing_area();
+        root.fill(&WHITE)?;
+        root.draw(&Text::new(title.to_owned(), (16, 14), font(17).color(&GREY)))?;
+        let mut y = 48;
+        for block in blocks {
+            root.draw(&Text::new(block.title.clone(), (16, y), font(15).color(&GREY)))?;
+            let most = block.bars.iter().map(|(_, v)| *v).filter(|v| v.is_finite()).fold(0.0, f64::max);
+            for (name, value) in &block.bars {
+                y += LINE;
+                // A senseless number has no bar.
+                let part = if most > 0.0 && value.is_finite() { (value / most).clamp(0.0, 1.0) } else { 0.0 };
+                let end = LEFT + (part * f64::from(WIDTH)) as i32;
+                root.draw(&Text::new(name.clone(), (16, y + 4), font(13).color(&GREY)))?;
+                root.draw(&Rectangle::new([(LEFT, y), (end, y + LINE - 8)], block.colour.filled()))?;
+                root.draw(&Text::new(short(value), (end + 8, y + 4), font(13).color(&GREY)))?;
+            }
+            y += 2 * LINE;
+        }
+        root.present()?;
+    }
+    Ok(svg)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,5 +197,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn bars_are_as_long_as_their_values() {
+        let block = |bars: &[(&str, f64)]| Bars {
+            title: "decode".into(),
+            colour: BLUE,
+            bars: bars.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+        };
+        let svg =
+            bars("devices", &[block(&[("slow", 10.0), ("fast", 40.0), ("broken", f64::NAN)]), block(&[])]).unwrap();
+        for part in ["devices", "decode", "slow", "fast", "width=\"480\"", "width=\"120\""] {
+            assert!(svg.contains(part), "{part}: {svg}");
+        }
+        assert!(bars("none", &[]).unwrap().contains("none"));
     }
 }

@@ -9,6 +9,8 @@ mod builtin;
 #[path = "cli/chat.rs"]
 mod chat;
 mod common;
+#[path = "cli/compare.rs"]
+mod compare;
 #[path = "cli/convert.rs"]
 mod convert;
 #[cfg(feature = "cuda")]
@@ -120,6 +122,7 @@ fn help_and_version_are_there() {
         "train",
         "finetune",
         "bench",
+        "compare",
         "perplexity",
         "inspect",
         "convert",

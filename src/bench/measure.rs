@@ -41,7 +41,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         for (what, value, most) in [
             ("tokens to prefill", self.pp, MAX_POSITIONS),
             ("tokens to decode", self.tg, MAX_POSITIONS),
@@ -184,6 +184,33 @@ pub(super) fn measure_with(
         baselines: Vec::new(),
         profile,
     })
+}
+
+/// Seconds from `prompt` to the first token after it, and that token with those that follow, greedily; `count` of them, whatever
+/// they are.
+pub(super) fn first_tokens(loaded: &LoadedDecoder, prompt: &[u32], count: usize) -> Result<(f64, Vec<u32>)> {
+    let Bench { decoder, cache, mut draw, mut samplers, mut drawn, .. } = Bench::new(loaded, 1, prompt.len() + count)?;
+    let mut tokens = Vec::with_capacity(count);
+    let start = Instant::now();
+    let last = prompt.len().saturating_sub(1) / CHUNK * CHUNK;
+    let (read, rest) = prompt.split_at(last);
+    for (i, tokens) in read.chunks(CHUNK).enumerate() {
+        let piece = Sequence { slot: 0, position: i * CHUNK, tokens };
+        decoder.forward_with(&[piece], &cache, Logits::Top(1), |_| Ok(()))?;
+    }
+    let (mut position, mut next, mut first) = (last, rest.to_vec(), None);
+    while tokens.len() < count {
+        let step = [Sequence { slot: 0, position, tokens: &next }];
+        let wanted = TokenDraw::wanted(&samplers);
+        decoder.forward_with(&step, &cache, wanted, |logits| draw.draw(logits, &mut samplers, &mut drawn))?;
+        first.get_or_insert_with(|| start.elapsed().as_secs_f64());
+        position += next.len();
+        let sampled =
+            drawn.first().ok_or_else(|| Error::Shape { op: "sample", reason: "no token was drawn".into() })?;
+        tokens.push(sampled.token);
+        next = vec![sampled.token];
+    }
+    Ok((first.unwrap_or_default(), tokens))
 }
 
 /// Sequences that grow together, each in its slot.

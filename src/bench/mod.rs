@@ -1,8 +1,10 @@
-//! Measuring a model on this machine: speed beside the bandwidth measured in the same run, energy, memory; sweeps, and the
-//! dense model of the same shape to compare with. Knows no text.
+//! Measuring a model on this machine: speed beside the bandwidth measured in the same run, energy, memory; sweeps, all
+//! devices compared, and what to compare with: the dense model of the same shape, and completion servers.
 
+mod against;
 mod axes;
 mod baseline;
+mod compare;
 mod energy;
 mod measure;
 mod memory;
@@ -12,8 +14,10 @@ mod report;
 mod spread;
 mod sweep;
 
+pub use against::{Server, Streamed};
 pub use axes::{Axis, SweepAxes};
 pub use baseline::{Baseline, BaselineType};
+pub use compare::{Comparison, Contender, Entry, Narrowed, compare};
 pub use energy::{EnergyCounters, EnergyReading, POWERCAP};
 pub use measure::{MAX_BATCH, MAX_REPS, Plan, measure};
 pub use model::BenchModel;

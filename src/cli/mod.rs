@@ -4,6 +4,7 @@ pub mod bench;
 pub mod cache;
 pub mod chat;
 mod chat_input;
+pub mod compare;
 pub mod completions;
 pub mod convert;
 pub mod doctor;
@@ -42,6 +43,7 @@ pub enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Bench(bench::Args),
+    Compare(compare::Args),
     Perplexity(perplexity::Args),
     Inspect(inspect::Args),
     Convert(convert::Args),
@@ -61,6 +63,7 @@ impl Command {
             Self::Generate(args) => generate::run(args),
             Self::Chat(args) => chat::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::Compare(args) => compare::run(args),
             Self::Perplexity(args) => perplexity::run(args),
             Self::Inspect(args) => inspect::run(args),
             Self::Convert(args) => convert::run(args),

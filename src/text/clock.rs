@@ -25,6 +25,12 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
+/// The date in UTC, as 2026-01-31.
+pub fn today() -> String {
+    // The format has no directive that is unknown.
+    strftime(now(), "%Y-%m-%d").unwrap_or_default()
+}
+
 /// Formats `seconds` since 1970 as strftime does in the C locale; unknown directives are an error.
 pub(super) fn strftime(seconds: u64, format: &str) -> Result<String, String> {
     let days = seconds / 86_400;

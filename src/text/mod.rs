@@ -10,6 +10,7 @@ mod template;
 mod template_env;
 mod tokenizer;
 
+pub use clock::today;
 pub use incremental::IncrementalDecoder;
 pub use template::{ChatPrompt, ChatTemplate, MAX_TEMPLATE_BYTES, Message};
 pub use template_env::{MAX_RENDERED_BYTES, TEMPLATE_FUEL};
