@@ -64,6 +64,12 @@ impl<'a> QuantizedRows<'a> {
         bytemuck::cast_slice(&self.row(row)[..padded_cols(self.cols)])
     }
 
+    /// Codes of a row, their padding and the trailer: for kernels whose lines reach past the padding, by less than the
+    /// trailer is long, and multiply what is there by code 0.
+    pub fn readable(&self, row: usize) -> &'a [i8] {
+        bytemuck::cast_slice(self.row(row))
+    }
+
     /// `s_x` of a row.
     pub fn scale(&self, row: usize) -> f32 {
         f32::from_bits(self.trailer_word(row, 0))

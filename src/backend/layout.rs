@@ -37,8 +37,10 @@ pub enum LayoutId {
     /// Read by no kernel; for tests of the check.
     #[cfg(test)]
     Unknown,
-    /// 16 rows by 16 columns in a 64-byte line; see `backend/cpu/tiles.rs`.
+    /// 16 rows by 16 columns in a 64-byte line, four codes a byte; see `backend/cpu/packing.rs`.
     CpuRows16,
+    /// 16 rows by 20 columns in a 64-byte line, five codes a byte; see `backend/cpu/packing.rs`.
+    CpuBase3Rows16,
     /// Tiles of 16 rows by 256 columns; see `kernels/README.md`.
     #[cfg(feature = "cuda")]
     CudaTiles,
@@ -54,6 +56,7 @@ impl LayoutId {
             #[cfg(test)]
             Self::Unknown => "unknown",
             Self::CpuRows16 => "cpu-rows16",
+            Self::CpuBase3Rows16 => "cpu-base3-rows16",
             #[cfg(feature = "cuda")]
             Self::CudaTiles => "cuda-tiles",
             #[cfg(feature = "metal")]

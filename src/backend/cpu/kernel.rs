@@ -1,5 +1,6 @@
 //! The interface of the ternary CPU kernels, and their choice at run time.
 
+use super::packing::Packing;
 use super::tiles::{LINE_BYTES, LINE_COLS, TILE_ROWS};
 use crate::backend::activation::QuantizedRows;
 use crate::backend::layout::LayoutId;
@@ -17,19 +18,26 @@ pub trait TernaryKernel: Send + Sync + std::fmt::Debug {
     /// The kernel's name, as `--kernel` takes it.
     fn name(&self) -> &'static str;
 
+    /// The packing that it reads.
+    fn packing(&self) -> Packing {
+        Packing::TwoBits
+    }
+
     /// The layout that it reads.
     fn layout(&self) -> LayoutId {
-        LayoutId::CpuRows16
+        self.packing().layout()
     }
 
     /// Decode: whole tiles of `groups` lines times one token's codes; `sums` gets 16 sums a tile.
     ///
-    /// `tiles` holds `sums.len() / 16 · groups` lines, `q` at least `16 · groups` codes.
+    /// `tiles` holds `sums.len() / 16 · groups` lines, `q` at least a line's columns times `groups` codes; those past the
+    /// weight's columns may be anything, their weights have code 0.
     fn gemv(&self, tiles: &[u8], groups: usize, q: &[i8], sums: &mut [i32]);
 
     /// Prefill: whole tiles times `tokens` ≤ 12 tokens; `sums` is `[tile][token][16]`.
     ///
-    /// `panel` holds `[4 · groups][tokens]` words of four consecutive codes of a token each.
+    /// `panel` holds `[words][tokens]` words of four consecutive codes of a token each, `words` as many as `groups` lines
+    /// have columns / 4.
     fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]);
 
     /// Prefill by other panels than [`TernaryKernel::gemm`]'s, where that is faster for so many tokens.
@@ -75,9 +83,16 @@ pub trait PanelGemm: Sync {
     fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]);
 }
 
-/// [`TernaryKernel::gemm`] and its panels: `[4 · groups][tokens]` words of four consecutive codes of a token each.
+/// [`TernaryKernel::gemm`] and its panels: `[words][tokens]` words of four consecutive codes of a token each.
 #[derive(Debug)]
 pub struct Words<'a>(pub &'a dyn TernaryKernel);
+
+impl Words<'_> {
+    /// Words of a token that `groups` lines meet.
+    fn words(&self, groups: usize) -> usize {
+        groups * self.0.packing().line_cols() / 4
+    }
+}
 
 impl PanelGemm for Words<'_> {
     fn panel_tokens(&self) -> usize {
@@ -85,17 +100,17 @@ impl PanelGemm for Words<'_> {
     }
 
     fn panel_lines(&self, groups: usize, tokens: usize) -> usize {
-        (4 * groups * tokens).div_ceil(16)
+        (self.words(groups) * tokens).div_ceil(16)
     }
 
     fn block(&self) -> Block {
         Block { tiles: 8, tile_step: 2, panels: 1 }
     }
 
-    fn fill(&self, x: &QuantizedRows, rows: Range<usize>, _groups: usize, panel: &mut [Line]) {
+    fn fill(&self, x: &QuantizedRows, rows: Range<usize>, groups: usize, panel: &mut [Line]) {
         let (panel, count) = (bytemuck::cast_slice_mut::<Line, i32>(panel), rows.len());
         for (t, row) in rows.enumerate() {
-            for (k, four) in x.codes(row).as_chunks::<4>().0.iter().enumerate() {
+            for (k, four) in x.readable(row).as_chunks::<4>().0[..self.words(groups)].iter().enumerate() {
                 panel[k * count + t] = i32::from_le_bytes(four.map(|q| q as u8));
             }
         }
@@ -135,6 +150,10 @@ pub enum KernelKind {
     AvxVnni,
     /// x86-64 512-bit `vpdpbusd`.
     Avx512Vnni,
+    /// x86-64 512-bit `vpdpbusd` of weights at 1.6 bits, decoded by `vpermi2b`.
+    Avx512Vbmi,
+    /// x86-64 512-bit `vpdpbusd` in decode, AMX tiles in prefill.
+    AmxInt8,
     /// aarch64 widening multiplies.
     Neon,
     /// aarch64 `sdot`.
@@ -143,8 +162,16 @@ pub enum KernelKind {
 
 impl KernelKind {
     /// All kernels, fastest first within an architecture.
-    pub const ALL: [Self; 6] =
-        [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::NeonDotprod, Self::Neon, Self::Generic];
+    pub const ALL: [Self; 8] = [
+        Self::AmxInt8,
+        Self::Avx512Vnni,
+        Self::Avx512Vbmi,
+        Self::AvxVnni,
+        Self::Avx2,
+        Self::NeonDotprod,
+        Self::Neon,
+        Self::Generic,
+    ];
 
     /// The name that `--kernel` takes.
     pub fn name(self) -> &'static str {
@@ -153,6 +180,8 @@ impl KernelKind {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avx-vnni",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx512Vbmi => "avx512-vbmi",
+            Self::AmxInt8 => "amx-int8",
             Self::Neon => "neon",
             Self::NeonDotprod => "neon-dotprod",
         }
@@ -165,6 +194,8 @@ impl KernelKind {
             Self::Avx2 => "x86-64 with AVX2",
             Self::AvxVnni => "x86-64 with AVX2 and AVX-VNNI",
             Self::Avx512Vnni => "x86-64 with AVX-512 F, BW and VNNI",
+            Self::Avx512Vbmi => "x86-64 with AVX-512 F, BW, VNNI and VBMI",
+            Self::AmxInt8 => "x86-64 with AVX-512 F, BW and VNNI, AMX for bytes, and Linux's leave to use it",
             Self::Neon => "aarch64 with NEON",
             Self::NeonDotprod => "aarch64 with NEON and dotprod",
         }
@@ -175,7 +206,7 @@ impl KernelKind {
         #[cfg(target_arch = "aarch64")]
         use super::aarch64::{Neon, NeonDotprod};
         #[cfg(target_arch = "x86_64")]
-        use super::x86_64::{Avx2, Avx512Vnni, AvxVnni};
+        use super::x86_64::{AmxInt8, Avx2, Avx512Vbmi, Avx512Vnni, AvxVnni};
         fn boxed<K: TernaryKernel + 'static>(k: Option<K>) -> Option<Box<dyn TernaryKernel>> {
             k.map(|k| Box::new(k) as Box<dyn TernaryKernel>)
         }
@@ -187,6 +218,10 @@ impl KernelKind {
             Self::AvxVnni => boxed(AvxVnni::new()),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => boxed(Avx512Vnni::new()),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi => boxed(Avx512Vbmi::new()),
+            #[cfg(target_arch = "x86_64")]
+            Self::AmxInt8 => boxed(AmxInt8::new()),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => boxed(Neon::new()),
             #[cfg(target_arch = "aarch64")]

@@ -74,7 +74,7 @@ pub(super) fn linear(
             let count = per_task.min(w.tiles() - first);
             let mut sums = [0; TASK_TILES * TILE_ROWS];
             let sums = &mut sums[..count * TILE_ROWS];
-            kernel.gemv(&w.data()[first * tile_bytes..][..count * tile_bytes], w.groups(), x.codes(0), sums);
+            kernel.gemv(&w.data()[first * tile_bytes..][..count * tile_bytes], w.groups(), x.readable(0), sums);
             for (i, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
                 let (scale, rows) = w.tile_rows(first + i);
                 write(0, &rows, scale.factor(x.scale(0)), sums);

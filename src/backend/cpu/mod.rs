@@ -15,9 +15,11 @@ mod linear;
 mod low_rank;
 mod norm;
 mod output;
+mod packing;
 mod pool;
 mod scratch;
 mod screened;
+mod self_check;
 mod simd;
 #[cfg(test)]
 mod suite;
@@ -33,6 +35,7 @@ pub use kernel::{Block, KernelKind, Line, PanelGemm, TernaryKernel};
 pub use low_rank::CpuLowRank;
 pub use norm::Gate;
 pub use output::OutputColumns;
+pub use packing::Packing;
 pub use pool::Pool;
 pub use screened::{Bound, CpuScreened, FAILURE, MAX_TOP, Screening};
 pub use tiles::{CpuTernary, MAX_COLS, Segment};
@@ -46,6 +49,7 @@ use crate::{Error, Result};
 use isa::Isa;
 use kernel::MAX_TOKENS;
 use scratch::{Scratch, grown, with_scratch};
+use self_check::self_check;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Most threads that `--threads` accepts.
@@ -98,7 +102,7 @@ impl Cpu {
         }
         let isa = match kind {
             #[cfg(target_arch = "x86_64")]
-            KernelKind::Avx512Vnni => Isa::avx512().or_else(Isa::avx2),
+            KernelKind::AmxInt8 | KernelKind::Avx512Vnni | KernelKind::Avx512Vbmi => Isa::avx512().or_else(Isa::avx2),
             #[cfg(target_arch = "x86_64")]
             KernelKind::Avx2 | KernelKind::AvxVnni => Isa::avx2(),
             _ => None,
@@ -130,44 +134,14 @@ impl Cpu {
         &self.pool
     }
 
-    /// Packs weights that share their input, and checks the kernel on their first tile.
+    /// Packs weights that share their input, and checks the kernel on their first tiles.
     ///
     /// # Errors
     /// As [`CpuTernary::pack`]; [`Error::SelfCheck`] if the kernel and the reference disagree.
     pub fn pack(&self, weights: &[PackedTernary], arrangement: Arrangement) -> Result<CpuTernary> {
-        let packed = CpuTernary::pack(weights, arrangement, &self.pool)?;
-        self.check(&packed)?;
+        let packed = CpuTernary::pack(weights, arrangement, self.kernel.packing(), &self.pool)?;
+        self_check(&*self.kernel, &packed)?;
         Ok(packed)
-    }
-
-    /// Runs the first tile through this kernel and through the reference.
-    fn check(&self, w: &CpuTernary) -> Result<()> {
-        const TOKENS: usize = 3;
-        let groups = w.groups();
-        let tile = &w.data()[..groups * tiles::LINE_BYTES];
-        let mut state = 0x9e37_79b9u32;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            ((state >> 16) % 255) as i32 - 127
-        };
-        let q: Vec<i8> = (0..groups * tiles::LINE_COLS).map(|_| next() as i8).collect();
-        let words = q.as_chunks::<4>().0.iter().map(|w| i32::from_le_bytes(w.map(|q| q as u8)));
-        let panel: Vec<i32> = words.flat_map(|w| [w, w.rotate_left(8), w.rotate_left(16)]).collect();
-        let sums = |kernel: &dyn TernaryKernel| {
-            let mut sums = vec![0; (1 + TOKENS) * tiles::TILE_ROWS];
-            let (one, many) = sums.split_at_mut(tiles::TILE_ROWS);
-            kernel.gemv(tile, groups, &q, one);
-            kernel.gemm(tile, groups, &panel, TOKENS, many);
-            sums
-        };
-        let (got, want) = (sums(&*self.kernel), sums(&generic::Generic));
-        match got.iter().zip(&want).position(|(a, b)| a != b) {
-            None => Ok(()),
-            Some(i) => Err(Error::SelfCheck {
-                kernel: self.kind.name(),
-                reason: format!("{} columns, sum {i}: {} instead of {}", w.cols(), got[i], want[i]),
-            }),
-        }
     }
 
     fn scratch(&self) -> MutexGuard<'_, Scratch> {

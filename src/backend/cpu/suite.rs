@@ -4,6 +4,7 @@ use super::generic::Generic;
 use super::kernel::{MAX_TOKENS, TernaryKernel};
 use super::linear::linear;
 use super::output::OutputColumns;
+use super::packing::Packing;
 use super::pool::Pool;
 use super::tiles::CpuTernary;
 use crate::backend::Arrangement;
@@ -42,7 +43,7 @@ fn cases() -> impl Strategy<Value = Case> {
         2 => prop::collection::vec(1usize..40, 2..4),
         1 => prop::collection::vec(60usize..150, 1),
     ];
-    // Every remainder of 16 and 64, a few long rows (the AVX2 budget is 256 columns; 6912 is 2B-4T's widest).
+    // Every remainder of 16, 20 and 64, a few long rows (the AVX2 budget is 256 columns; 6912 is 2B-4T's widest).
     let cols = prop_oneof![12 => 1usize..130, 4 => 130usize..700, 1 => 6900usize..6920];
     let tokens = prop_oneof![2 => Just(1usize), 2 => 2usize..=MAX_TOKENS, 1 => MAX_TOKENS + 1..30, 1 => 30usize..150];
     (rows, cols, tokens, fill(), fill(), any::<u64>()).prop_map(|(rows, cols, tokens, weights, activations, seed)| {
@@ -85,7 +86,7 @@ fn check(kernel: &dyn TernaryKernel, pool: &Pool, case: &Case) -> Result<(), Tes
         write_trailer(&mut row[stride - 16..], 1.0, sum);
     }
     let x = QuantizedRows::new(&bytes, case.cols).unwrap();
-    let packed = CpuTernary::pack(&weights, Arrangement::Stacked, pool).unwrap();
+    let packed = CpuTernary::pack(&weights, Arrangement::Stacked, kernel.packing(), pool).unwrap();
     let mut out = vec![f32::NAN; case.tokens * packed.rows()];
     let isa = super::isa::Isa::portable();
     let columns = OutputColumns::whole(&mut out, packed.rows());
@@ -103,9 +104,9 @@ fn check(kernel: &dyn TernaryKernel, pool: &Pool, case: &Case) -> Result<(), Tes
     Ok(())
 }
 
-fn run_suite(kernel: &dyn TernaryKernel) {
+fn run_suite(kernel: &dyn TernaryKernel, cases_in_all: u32) {
     let pool = Pool::new(2);
-    let config = ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: cases_in_all, failure_persistence: None, ..ProptestConfig::default() };
     proptest::test_runner::TestRunner::new(config)
         .run(&cases(), |case| check(kernel, &pool, &case))
         .unwrap_or_else(|e| panic!("{}: {e}", kernel.name()));
@@ -113,11 +114,12 @@ fn run_suite(kernel: &dyn TernaryKernel) {
 
 /// Instantiates the suite for a kernel; on a CPU that lacks its features the test says so and passes.
 macro_rules! kernel_suite {
-    ($($test:ident: $kernel:expr;)*) => {$(
+    ($($test:ident: $kernel:expr;)*) => { kernel_suite! { 10_000: $($test: $kernel;)* } };
+    ($cases:literal: $($test:ident: $kernel:expr;)*) => {$(
         #[test]
         fn $test() {
             match $kernel {
-                Some(kernel) => run_suite(&kernel),
+                Some(kernel) => run_suite(&kernel, $cases),
                 None => eprintln!("{}: this CPU lacks the features, nothing was run", stringify!($test)),
             }
         }
@@ -134,6 +136,21 @@ kernel_suite! {
     avx_vnni: super::x86_64::AvxVnni::new();
     avx_vnni_body_in_evex: super::x86_64::EvexVnni::new();
     avx512_vnni: super::x86_64::Avx512Vnni::new();
+    avx512_vbmi: super::x86_64::Avx512Vbmi::new();
+    amx_int8: super::x86_64::AmxInt8::new();
+}
+
+// In software each dot of tiles is 16384 multiplications.
+#[cfg(target_arch = "x86_64")]
+kernel_suite! {
+    2_000:
+    amx_in_software: super::x86_64::Amx::<super::x86_64::Model>::new();
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+kernel_suite! {
+    2_000:
+    amx_instructions_trapped: super::x86_64::Amx::<super::x86_64::Trapped>::new();
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -158,7 +175,7 @@ fn a_kernel_refuses_another_layout() {
     }
     let pool = Pool::new(1);
     let w = PackedTernary::from_weights(1, 1, &[1], Scale::Multiply(1.0)).unwrap();
-    let packed = CpuTernary::pack(&[w], Arrangement::Stacked, &pool).unwrap();
+    let packed = CpuTernary::pack(&[w], Arrangement::Stacked, Packing::TwoBits, &pool).unwrap();
     let bytes = vec![0; row_stride(1)];
     let x = QuantizedRows::new(&bytes, 1).unwrap();
     let isa = super::isa::Isa::portable();

@@ -1,27 +1,16 @@
-//! The CPU layout of ternary weights: one for all instruction sets.
-//!
-//! A tile is 16 rows. A line is 64 bytes: 16 rows by 16 columns.
-//!
-//! ```text
-//! line g of a tile:  | row 0: 4 bytes | row 1: 4 bytes | … | row 15: 4 bytes |     columns 16g … 16g+15
-//! byte b of a row:   bits 7:6 column 12+b | bits 5:4 column 8+b | bits 3:2 column 4+b | bits 1:0 column b
-//! ```
-//!
-//! So the codes at bit position p of a line are 16 rows by 4 consecutive columns, with one row per 32-bit lane:
-//! what `vpdpbusd`, `maddubs` + `madd` and `sdot` sum into one lane. Those four activations are one 32-bit
-//! broadcast, no horizontal sum is ever needed, and a tile is read front to back. Lanes of 512, 256 and 128
-//! bits all read the same line. Rows and columns are padded with code 0 against activations 0.
+//! Ternary weights as the CPU kernels read them: tiles of 16 rows, each a run of 64-byte lines (`packing.rs`).
 
 use crate::backend::host::AlignedBuffer;
 use crate::backend::layout::{Arrangement, LayoutId};
-use crate::ternary::{PackedTernary, Scale, transpose4x4};
+use crate::ternary::{PackedTernary, Scale};
 use crate::{Error, Result};
 
+use super::packing::Packing;
 use super::pool::Pool;
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
-/// Columns of a line.
+/// Columns of a line at two bits a code.
 pub const LINE_COLS: usize = 16;
 /// Bytes of a line.
 pub const LINE_BYTES: usize = 64;
@@ -44,7 +33,7 @@ pub struct Segment {
 /// One or more ternary matrices over the same input, packed for the CPU kernels.
 #[derive(Debug)]
 pub struct CpuTernary {
-    layout: LayoutId,
+    packing: Packing,
     arrangement: Arrangement,
     cols: usize,
     rows: usize,
@@ -58,7 +47,7 @@ impl CpuTernary {
     ///
     /// # Errors
     /// [`Error::Shape`] if there is none, their columns differ or exceed [`MAX_COLS`], or as [`Arrangement::check`].
-    pub fn pack(weights: &[PackedTernary], arrangement: Arrangement, pool: &Pool) -> Result<Self> {
+    pub fn pack(weights: &[PackedTernary], arrangement: Arrangement, packing: Packing, pool: &Pool) -> Result<Self> {
         arrangement.check(weights)?;
         let shape_error = |reason| Error::Shape { op: "pack", reason };
         let Some(cols) = weights.first().map(PackedTernary::cols) else {
@@ -76,19 +65,24 @@ impl CpuTernary {
             rows += w.rows();
             tiles += w.rows().div_ceil(TILE_ROWS);
         }
-        let tile_bytes = cols.div_ceil(LINE_COLS) * LINE_BYTES;
+        let tile_bytes = cols.div_ceil(packing.line_cols()) * LINE_BYTES;
         let mut data = AlignedBuffer::huge(tiles * tile_bytes)?;
         let owner = |tile: usize| segments.partition_point(|s| s.first_tile <= tile) - 1;
         pool.for_each_chunk(&mut data, tile_bytes, |tile, out| {
             let segment = owner(tile);
-            pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
+            packing.pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
         });
-        Ok(Self { layout: LayoutId::CpuRows16, arrangement, cols, rows, tiles, segments, data })
+        Ok(Self { packing, arrangement, cols, rows, tiles, segments, data })
     }
 
     /// Layout of the packed bytes.
     pub fn layout(&self) -> LayoutId {
-        self.layout
+        self.packing.layout()
+    }
+
+    /// How the codes lie in the lines.
+    pub fn packing(&self) -> Packing {
+        self.packing
     }
 
     /// What the weights were packed for.
@@ -130,16 +124,11 @@ impl CpuTernary {
             let segment = &self.segments[self.segments.partition_point(|s| s.first_row <= row) - 1];
             let within = row - segment.first_row;
             let tile = &self.data[(segment.first_tile + within / TILE_ROWS) * tile_bytes..][..tile_bytes];
-            let (lane, multiplier) = (4 * (within % TILE_ROWS), segment.scale.multiplier());
-            for (line, out) in tile.chunks_exact(LINE_BYTES).zip(out.chunks_mut(LINE_COLS)) {
-                let mut values = [0f32; LINE_COLS];
-                for position in 0..4 {
-                    for byte in 0..4 {
-                        let code = line[lane + byte] >> (2 * position) & 3;
-                        values[4 * position + byte] = (f32::from(code) - 1.0) * multiplier;
-                    }
+            let (lane, multiplier) = (within % TILE_ROWS, segment.scale.multiplier());
+            for (line, out) in tile.chunks_exact(LINE_BYTES).zip(out.chunks_mut(self.packing.line_cols())) {
+                for (out, code) in out.iter_mut().zip(self.packing.line_codes(line, lane)) {
+                    *out = (f32::from(code) - 1.0) * multiplier;
                 }
-                out.copy_from_slice(&values[..out.len()]);
             }
         }
         Ok(())
@@ -151,7 +140,7 @@ impl CpuTernary {
 
     /// Lines of a tile.
     pub(super) fn groups(&self) -> usize {
-        self.cols.div_ceil(LINE_COLS)
+        self.cols.div_ceil(self.packing.line_cols())
     }
 
     /// The packed tiles.
@@ -168,21 +157,6 @@ impl CpuTernary {
     }
 }
 
-/// Fills one tile from rows `first_row …` of `w`; rows past the end stay zero.
-fn pack_tile(w: &PackedTernary, first_row: usize, out: &mut [u8]) {
-    let count = (w.rows() - first_row).min(TILE_ROWS);
-    for lane in 0..count {
-        let row = w.row(first_row + lane);
-        let lines = out.chunks_exact_mut(LINE_BYTES);
-        for (line, four) in lines.zip(row.chunks(4)) {
-            let mut word = [0; 4];
-            word[..four.len()].copy_from_slice(four);
-            let word = transpose4x4(u32::from_le_bytes(word)).to_le_bytes();
-            line[4 * lane..4 * lane + 4].copy_from_slice(&word);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,7 +164,9 @@ mod tests {
     #[test]
     fn rows_come_back_as_they_were_packed() {
         let pool = Pool::new(2);
-        for (rows, cols) in [([4, 20, 16], 33), ([1, 1, 47], 16), ([16, 32, 5], 70)] {
+        let shapes = [([4, 20, 16], 33), ([1, 1, 47], 16), ([16, 32, 5], 70)];
+        let packings = [Packing::TwoBits, Packing::Base3];
+        for (packing, (rows, cols)) in packings.into_iter().flat_map(|p| shapes.map(|shape| (p, shape))) {
             let weight = |(i, rows): (usize, usize)| {
                 let values: Vec<i8> = (0..rows * cols).map(|k| ((k * k + 3 * k + i) % 7 % 3) as i8 - 1).collect();
                 let scale = if i == 1 { Scale::Divide(1.7) } else { Scale::Multiply(0.3 + i as f32) };
@@ -198,7 +174,7 @@ mod tests {
             };
             let weights: Vec<PackedTernary> = rows.into_iter().enumerate().map(weight).collect();
             let want: Vec<f32> = weights.iter().flat_map(|w| w.dequantize()).collect();
-            let packed = CpuTernary::pack(&weights, Arrangement::Stacked, &pool).unwrap();
+            let packed = CpuTernary::pack(&weights, Arrangement::Stacked, packing, &pool).unwrap();
             let mut all = vec![0.0; want.len()];
             packed.dequantize_rows(0..packed.rows(), &mut all).unwrap();
             assert_eq!(all, want);

@@ -1,14 +1,22 @@
 //! Ternary kernels for x86-64, one file per instruction set.
 
+mod amx;
 mod avx2;
 pub(super) mod avx512_bf16;
+mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
 
+pub use amx::AmxInt8;
 pub use avx_vnni::AvxVnni;
 pub use avx2::Avx2;
+pub use avx512_vbmi::Avx512Vbmi;
 pub use avx512_vnni::Avx512Vnni;
 
+#[cfg(all(test, target_os = "linux"))]
+pub(super) use amx::Trapped;
+#[cfg(test)]
+pub(super) use amx::{Amx, Model};
 #[cfg(test)]
 pub(super) use avx_vnni::EvexVnni;
 
