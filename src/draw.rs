@@ -2,9 +2,11 @@
 
 use crate::backend::Backend;
 #[cfg(feature = "cuda")]
-use crate::backend::cuda::{Cuda, CudaSampler, MarkUpdate, SampleSettings};
+use crate::backend::cuda::{Cuda, CudaSampler};
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use crate::backend::gpu::{MarkUpdate, SampleSettings};
 #[cfg(feature = "metal")]
-use crate::backend::metal::{Metal, MetalMark, MetalSampler, MetalSampling};
+use crate::backend::metal::{Metal, MetalSampler};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::generate::{DeviceSampling, MarksHeld, TokenMark};
 use crate::generate::{Sampled, Sampler};
@@ -163,33 +165,22 @@ impl GpuSampler {
     }
 
     fn mark(&mut self, updates: &[(usize, TokenMark)]) -> Result<()> {
+        let update =
+            |(row, m): &(usize, TokenMark)| MarkUpdate { slot: *row as i32, token: m.token as i32, mark: m.mark };
+        let updates: Vec<_> = updates.iter().map(update).collect();
         match self {
             #[cfg(feature = "cuda")]
-            Self::Cuda(cuda, sampler) => {
-                let update = |(row, m): &(usize, TokenMark)| MarkUpdate {
-                    slot: *row as i32,
-                    token: m.token as i32,
-                    mark: m.mark,
-                };
-                sampler.mark(cuda, &updates.iter().map(update).collect::<Vec<_>>())
-            }
+            Self::Cuda(cuda, sampler) => sampler.mark(cuda, &updates),
             #[cfg(feature = "metal")]
-            Self::Metal(metal, sampler) => {
-                let update = |(row, m): &(usize, TokenMark)| MetalMark {
-                    slot: *row as i32,
-                    token: m.token as i32,
-                    mark: m.mark,
-                };
-                sampler.mark(metal, &updates.iter().map(update).collect::<Vec<_>>())
-            }
+            Self::Metal(metal, sampler) => sampler.mark(metal, &updates),
         }
     }
 
     fn draw(&mut self, settings: &[DeviceSampling], logits: &Tensor) -> Result<Vec<i32>> {
+        let settings: Vec<_> = settings.iter().enumerate().map(|(row, s)| row_settings(s, row)).collect();
         match self {
             #[cfg(feature = "cuda")]
             Self::Cuda(cuda, sampler) => {
-                let settings: Vec<_> = settings.iter().enumerate().map(|(row, s)| cuda_settings(s, row)).collect();
                 sampler.set(cuda, &settings)?;
                 let (storage, layout) = logits.storage_and_layout();
                 let candle_core::Storage::Cuda(storage) = &*storage else {
@@ -203,7 +194,6 @@ impl GpuSampler {
             }
             #[cfg(feature = "metal")]
             Self::Metal(metal, sampler) => {
-                let settings: Vec<_> = settings.iter().enumerate().map(|(row, s)| metal_settings(s, row)).collect();
                 sampler.set(metal, &settings)?;
                 crate::ops::metal_logits(logits, |logits| sampler.draw(metal, logits))?;
                 sampler.ids(metal)
@@ -212,31 +202,22 @@ impl GpuSampler {
     }
 }
 
-/// A row's settings as a kind of GPU takes them.
+/// A row's settings as GPUs take them.
 #[cfg(any(feature = "cuda", feature = "metal"))]
-macro_rules! settings {
-    ($name:ident, $settings:ident) => {
-        fn $name(s: &DeviceSampling, row: usize) -> $settings {
-            $settings {
-                seed: s.seed,
-                draw: s.draw,
-                temperature: s.temperature,
-                top_p: s.top_p,
-                min_p: s.min_p,
-                repetition: s.repetition_penalty,
-                presence: s.presence_penalty,
-                frequency: s.frequency_penalty,
-                top_k: i32::try_from(s.top_k).unwrap_or(i32::MAX),
-                slot: if s.has_penalties() { row as i32 } else { -1 },
-            }
-        }
-    };
+fn row_settings(s: &DeviceSampling, row: usize) -> SampleSettings {
+    SampleSettings {
+        seed: s.seed,
+        draw: s.draw,
+        temperature: s.temperature,
+        top_p: s.top_p,
+        min_p: s.min_p,
+        repetition: s.repetition_penalty,
+        presence: s.presence_penalty,
+        frequency: s.frequency_penalty,
+        top_k: i32::try_from(s.top_k).unwrap_or(i32::MAX),
+        slot: if s.has_penalties() { row as i32 } else { -1 },
+    }
 }
-
-#[cfg(feature = "cuda")]
-settings!(cuda_settings, SampleSettings);
-#[cfg(feature = "metal")]
-settings!(metal_settings, MetalSampling);
 
 /// This build has no device to draw on.
 #[cfg(not(any(feature = "cuda", feature = "metal")))]

@@ -1,5 +1,7 @@
 //! Times of operations, for `bench --profile`: on the CPU of the ops room's calls, on a GPU of kernels, as it takes them itself.
 
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use super::gpu::KernelTime;
 use super::select::Backend;
 use crate::Result;
 use std::collections::BTreeMap;
@@ -18,6 +20,13 @@ pub struct OpTime {
     pub seconds: f64,
     /// Bytes that they had to read: weights, and keys and values of attention. On a GPU, also what they had to write.
     pub bytes: usize,
+}
+
+#[cfg(any(feature = "cuda", feature = "metal"))]
+impl From<KernelTime> for OpTime {
+    fn from(t: KernelTime) -> Self {
+        Self { name: t.kernel.into(), calls: t.launches, seconds: t.seconds, bytes: t.bytes }
+    }
 }
 
 /// An operation, and the weight `[rows, columns]` that it reads.
@@ -94,25 +103,11 @@ impl Backend {
     pub fn take_profile(&self) -> Result<Vec<OpTime>> {
         #[cfg(feature = "cuda")]
         if let Ok(cuda) = self.cuda() {
-            let times = cuda.take_profile()?.into_iter();
-            let time = |t: super::cuda::KernelTime| OpTime {
-                name: t.kernel.into(),
-                calls: t.launches,
-                seconds: t.seconds,
-                bytes: t.bytes,
-            };
-            return Ok(times.map(time).collect());
+            return Ok(cuda.take_profile()?.into_iter().map(OpTime::from).collect());
         }
         #[cfg(feature = "metal")]
         if let Ok(metal) = self.metal() {
-            let times = metal.take_profile()?.into_iter();
-            let time = |t: super::metal::MetalKernelTime| OpTime {
-                name: t.kernel.into(),
-                calls: t.launches,
-                seconds: t.seconds,
-                bytes: t.bytes,
-            };
-            return Ok(times.map(time).collect());
+            return Ok(metal.take_profile()?.into_iter().map(OpTime::from).collect());
         }
         let totals = std::mem::take(&mut *self.ops.totals()).into_iter();
         let time = |(Key { op, weight }, total): (Key, Total)| OpTime {

@@ -1,89 +1,34 @@
-//! Rotary embedding, the KV cache and attention.
+//! Rotary embedding, the KV cache and attention in device memory.
 //!
 //! One token of each sequence goes through one kernel, cut into runs of positions; more go through one that rotates and
 //! stores, then one that attends, on the matrix units where cache, head size and chip allow it.
-//!
-//! ```text
-//! cache of a layer, keys and values alike: [slot][position][kv head][head_dim]
-//! ```
 
-use super::launch::{Launch, arg};
+use super::launch::arg;
 use super::params::{AttentionParams, PrefillParams};
-use super::{Chip, Cuda, CudaBatch, CudaSlice, CudaView, CudaViewMut, aligned, failure, int, plan, shape};
+use super::{Chip, Cuda, CudaBatch, CudaSlice, CudaView, CudaViewMut, aligned, plan};
+use crate::Result;
 use crate::backend::DenseType;
 use crate::backend::attention::{AttentionShape, RopeTable};
-use crate::{Error, Result};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::backend::gpu::attention::{self, Angles, KV, Kv};
+use crate::backend::gpu::{Launch, int, shape};
 
 /// One layer's keys and values of all slots in device memory.
-#[derive(Debug)]
-pub struct CudaKv {
-    id: u64,
-    dtype: DenseType,
-    shape: AttentionShape,
-    slots: usize,
-    positions: usize,
-    keys: CudaSlice<u8>,
-    values: CudaSlice<u8>,
-}
+pub type CudaKv = Kv<CudaSlice<u8>>;
 
 impl CudaKv {
     /// Zeroed room for `slots` sequences of `positions` tokens each.
     ///
     /// # Errors
-    /// [`Error::Shape`] for heads that no kernel takes, [`Error::Unavailable`] if memory is short.
+    /// [`crate::Error::Shape`] for heads that no kernel takes, [`crate::Error::Unavailable`] if memory is short.
     pub fn new(cuda: &Cuda, dtype: DenseType, shape: AttentionShape, slots: usize, positions: usize) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         check_heads(&cuda.chip, dtype, shape)?;
-        let size = [slots, positions, shape.kv_heads, shape.head_dim, dtype.size()];
-        let size = size.iter().try_fold(1usize, |a, b| a.checked_mul(*b));
-        let what = "the KV cache of a layer";
-        let size = size.ok_or_else(|| failure::out_of_memory(&cuda.stream, what, usize::MAX))?;
-        int("KV cache", "positions", positions)?;
-        let (keys, values) = (cuda.zeroed(size, what)?, cuda.zeroed(size, what)?);
-        Ok(Self { id: NEXT.fetch_add(1, Ordering::Relaxed), dtype, shape, slots, positions, keys, values })
-    }
-
-    /// A number that no other cache of this process has or will have.
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// Stored type.
-    pub fn dtype(&self) -> DenseType {
-        self.dtype
-    }
-
-    /// Heads.
-    pub fn shape(&self) -> AttentionShape {
-        self.shape
-    }
-
-    /// Sequences.
-    pub fn slots(&self) -> usize {
-        self.slots
-    }
-
-    /// Positions of a sequence.
-    pub fn positions(&self) -> usize {
-        self.positions
-    }
-
-    /// Bytes of keys and values.
-    pub fn bytes(&self) -> usize {
-        self.keys.len() + self.values.len()
+        Self::of(dtype, shape, slots, positions, |size| cuda.zeroed(size, KV))
     }
 }
 
 fn check_heads(chip: &Chip, dtype: DenseType, heads: AttentionShape) -> Result<()> {
     let dim = heads.head_dim;
-    if dim == 0 || !dim.is_multiple_of(4) || dim > AttentionShape::MAX_HEAD_DIM {
-        let reason = format!(
-            "the CUDA kernels need a head_dim that is a multiple of 4 and at most {}, not {dim}; use --device cpu",
-            AttentionShape::MAX_HEAD_DIM
-        );
-        return Err(shape("attention", reason));
-    }
+    attention::check_head_dim("CUDA", dim)?;
     let (needed, most) = (prefill(chip, dtype, dim).shared, chip.shared_per_block);
     if needed > most {
         let reason = format!(
@@ -95,44 +40,16 @@ fn check_heads(chip: &Chip, dtype: DenseType, heads: AttentionShape) -> Result<(
     Ok(())
 }
 
-/// The angles of the rotary embedding in device memory, f32 `[positions, head_dim / 2]` each.
-#[derive(Debug)]
-pub struct CudaRope {
-    positions: usize,
-    half_dim: usize,
-    cos: CudaSlice<f32>,
-    sin: CudaSlice<f32>,
-}
+/// The angles of the rotary embedding in device memory.
+pub type CudaRope = Angles<CudaSlice<f32>>;
 
 impl CudaRope {
     /// Uploads a table.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if memory is short.
+    /// [`crate::Error::Unavailable`] if memory is short.
     pub fn new(cuda: &Cuda, table: &RopeTable) -> Result<Self> {
-        let (cos, sin) = table.tables();
-        let what = "the rotary embedding";
-        let (cos, sin) = (cuda.upload(cos, what)?, cuda.upload(sin, what)?);
-        Ok(Self { positions: table.positions(), half_dim: table.half_dim(), cos, sin })
-    }
-
-    /// Positions in the table.
-    pub fn positions(&self) -> usize {
-        self.positions
-    }
-
-    /// Half the rotated elements of a head.
-    pub fn half_dim(&self) -> usize {
-        self.half_dim
-    }
-}
-
-/// The kernels for a cache type: decode, rotate and store, prefill in f32.
-fn kernels(dtype: DenseType) -> [&'static str; 3] {
-    match dtype {
-        DenseType::F32 => ["bitnet_decode_attention_f32", "bitnet_rope_write_f32", "bitnet_prefill_attention_f32"],
-        DenseType::F16 => ["bitnet_decode_attention_f16", "bitnet_rope_write_f16", "bitnet_prefill_attention_f16"],
-        DenseType::BF16 => ["bitnet_decode_attention_bf16", "bitnet_rope_write_bf16", "bitnet_prefill_attention_bf16"],
+        Self::of(table, |angles, what| cuda.upload(angles, what))
     }
 }
 
@@ -162,7 +79,11 @@ fn prefill(chip: &Chip, dtype: DenseType, head_dim: usize) -> Prefill {
     match matrix.zip(shared) {
         Some((kernel, shared)) => Prefill { kernel, queries: 64, shared },
         None => {
-            let [_, _, kernel] = kernels(dtype);
+            let kernel = match dtype {
+                DenseType::F32 => "bitnet_prefill_attention_f32",
+                DenseType::F16 => "bitnet_prefill_attention_f16",
+                DenseType::BF16 => "bitnet_prefill_attention_bf16",
+            };
             Prefill { kernel, queries: 32, shared: plan::prefill_attention_shared(head_dim) }
         }
     }
@@ -175,8 +96,8 @@ impl Cuda {
     /// `qkv` is scratch: a prefill rotates its queries in place, so its contents are not to be used afterwards.
     ///
     /// # Errors
-    /// [`Error::ContextFull`] for a position outside the cache or the table, [`Error::Shape`] for operands that do not
-    /// fit, [`Error::Device`] for what fails on the device.
+    /// [`crate::Error::ContextFull`] for a position outside the cache or the table, [`crate::Error::Shape`] for operands that
+    /// do not fit, [`crate::Error::Device`] for what fails on the device.
     pub fn attention(
         &self,
         heads: AttentionShape,
@@ -188,28 +109,7 @@ impl Cuda {
     ) -> Result<()> {
         const OP: &str = "attention";
         let (tokens, extent) = (batch.len(), batch.extent());
-        let fits = kv.shape == heads
-            && 2 * rope.half_dim == heads.head_dim
-            && extent.slots <= kv.slots
-            && tokens.checked_mul(heads.qkv_dim()) == Some(qkv.len())
-            && tokens.checked_mul(heads.heads * heads.head_dim) == Some(out.len());
-        if !fits {
-            let reason = format!(
-                "{tokens} tokens in slots below {}, {heads:?}, {} elements of qkv, {} of output, a cache of {} slots with \
-                 {:?}, angles for a head of {}",
-                extent.slots,
-                qkv.len(),
-                out.len(),
-                kv.slots,
-                kv.shape,
-                2 * rope.half_dim
-            );
-            return Err(shape(OP, reason));
-        }
-        let available = kv.positions.min(rope.positions);
-        if extent.longest > available {
-            return Err(Error::ContextFull { needed: extent.longest, available });
-        }
+        let sizes = attention::sizes(heads, batch, rope, kv, qkv.len(), out.len())?;
         if tokens == 0 {
             return Ok(());
         }
@@ -225,17 +125,10 @@ impl Cuda {
             out: self.write(out),
             partial: 0,
             arrived: 0,
-            tokens: int(OP, "tokens", tokens)?,
-            heads: int(OP, "heads", heads.heads)?,
-            kv_heads: int(OP, "heads", heads.kv_heads)?,
-            head_dim: int(OP, "elements of a head", heads.head_dim)?,
-            max_positions: int(OP, "positions", kv.positions)?,
-            splits: 1,
-            scale: heads.scale(),
+            sizes,
         };
         aligned(OP, [params.qkv, params.out])?;
-        let [decode, rope_write, _] = kernels(kv.dtype);
-        let row = heads.kv_heads * heads.head_dim * kv.dtype.size();
+        let [decode, rope_write] = attention::kernels(kv.dtype());
         if batch.decode() {
             let splits = plan::splits(batch.bucket(), tokens);
             let blocks = plan::decode_attention_blocks(heads.heads, heads.kv_heads);
@@ -246,29 +139,25 @@ impl Cuda {
             params.partial = scratch.partial.address(self, partial, "partial attention")?;
             let counters = tokens.max(plan::DECODE_TOKENS) * blocks;
             params.arrived = scratch.arrived.address(self, counters, "attention counters")?;
-            params.splits = int(OP, "runs", splits)?;
-            let bytes: usize = batch.rows().iter().map(|r| 2 * (r.position + 1) * row).sum();
+            params.sizes.splits = int(OP, "runs", splits)?;
             let launch = Launch::new(decode, (blocks, splits, tokens), 128)
                 .shared(plan::decode_attention_shared(heads.head_dim))
-                .bytes(bytes);
+                .bytes(kv.decode_moves(batch));
             // SAFETY: the kernel takes one AttentionParams; the check above found qkv and out as large as the tokens, all
             // slots and positions inside cache and table; the scratch holds a partial result for each token, head and
             // run, and counters that are zero.
             return unsafe { self.launch(launch, &mut [arg(&params)]) };
         }
-        let launch = Launch::new(rope_write, (tokens, 1, 1), 256)
-            .bytes(tokens * (2 * (heads.heads + heads.kv_heads) + heads.kv_heads) * heads.head_dim * size_of::<f32>());
+        let launch = Launch::new(rope_write, (tokens, 1, 1), plan::THREADS).bytes(kv.rope_moves(tokens));
         // SAFETY: AttentionParams and the address of qkv again; sizes as checked above. Rotating through an address that
         // came from a shared view breaks no rule of Rust: device memory is none of its objects, and the stream orders
         // everything that reads it.
         unsafe { self.launch(launch, &mut [arg(&params), arg(&params.qkv)]) }?;
-        let plan = prefill(&self.chip, kv.dtype, heads.head_dim);
+        let plan = prefill(&self.chip, kv.dtype(), heads.head_dim);
         let grid = (extent.longest_run.div_ceil(plan.queries), heads.heads, extent.sequences);
         let sequences = int(OP, "sequences", extent.sequences)?;
         let params = PrefillParams { attention: params, starts, sequences };
-        let ends = batch.rows().iter().filter(|r| r.position + 1 == extent.longest).count().max(1);
-        let bytes = 2 * extent.longest * row * ends + 2 * out.len() * size_of::<f32>();
-        let launch = Launch::new(plan.kernel, grid, 128).shared(plan.shared).bytes(bytes);
+        let launch = Launch::new(plan.kernel, grid, 128).shared(plan.shared).bytes(kv.prefill_moves(batch, out.len()));
         // SAFETY: the kernel takes one PrefillParams; as above, and `starts` holds the first token of each of `sequences`
         // sequences and their end.
         unsafe { self.launch(launch, &mut [arg(&params)]) }
@@ -301,21 +190,8 @@ mod tests {
                         assert_eq!(plan.kernel, format!("bitnet_prefill_attention_mma_{dtype}_{head_dim}"));
                     }
                 }
-                for kernel in kernels(dtype) {
-                    assert!(known(kernel).is_some() && kernel.ends_with(dtype.name()));
-                }
+                assert!(attention::kernels(dtype).iter().all(|kernel| known(kernel).is_some()));
             }
-        }
-    }
-
-    #[test]
-    fn heads_that_no_kernel_takes_are_refused_by_their_number() {
-        let check =
-            |head_dim| check_heads(&chip((9, 0)), DenseType::F32, AttentionShape { heads: 2, kv_heads: 1, head_dim });
-        assert!(check(80).is_ok());
-        for bad in [0, 6, 260] {
-            let message = check(bad).unwrap_err().to_string();
-            assert!(message.contains(&format!("not {bad}")), "{message}");
         }
     }
 }

@@ -1,13 +1,11 @@
 //! What the driver reports, as this crate's errors: the thing, CUDA's name and text for it, and the remedy.
 
 use crate::Error;
+use crate::backend::gpu::size;
 use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError};
 
-/// An error about a device, a kernel or its memory.
-pub(super) fn unavailable(what: impl Into<String>, reason: impl Into<String>) -> Error {
-    Error::Unavailable { what: what.into(), reason: reason.into() }
-}
+pub(super) use crate::backend::gpu::unavailable;
 
 /// CUDA's name and text for an error, and what can be done about it.
 pub(super) fn text(e: DriverError) -> String {
@@ -87,28 +85,9 @@ pub(super) fn out_of_memory(stream: &CudaStream, what: &str, bytes: usize) -> Er
     )
 }
 
-/// Bytes for people.
-fn size(bytes: usize) -> String {
-    match bytes {
-        usize::MAX => "more bytes than there are addresses".into(),
-        0..1024 => format!("{bytes} bytes"),
-        1024..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
-        _ => format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_read_well() {
-        assert_eq!(size(1000), "1000 bytes");
-        assert_eq!(size(2048), "2.0 KiB");
-        assert_eq!(size(3 << 20), "3.0 MiB");
-        assert_eq!(size(5 << 29), "2.50 GiB");
-    }
 
     #[test]
     fn lost_devices_and_short_memory_have_their_remedies() {

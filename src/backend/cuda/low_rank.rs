@@ -1,21 +1,15 @@
-//! Low-rank updates, `out += scaling · (B · (A · x))`, with A and B in f32, as two dense products.
+//! Low-rank updates in device memory.
 
-use super::dense::{Columns, CudaDense};
-use super::{Cuda, CudaSlice, CudaView, CudaViewMut, shape};
+use super::dense::CudaDense;
+use super::{Cuda, CudaSlice, CudaView, CudaViewMut};
 use crate::Result;
 use crate::backend::DenseType;
+use crate::backend::gpu::dense::Columns;
+use crate::backend::gpu::low_rank::{self, LowRank};
 
-/// A low-rank update of a weight `[rows, cols]` in device memory.
-#[derive(Debug)]
-pub struct CudaLowRank {
-    rank: usize,
-    /// `[padded rank, cols]`: rows of zeros at the end.
-    a: CudaDense,
-    /// `[rows, padded rank]`: rows of B that are whole vectors of 16 bytes.
-    b: CudaDense,
-    /// The scaling once for each row: the product is multiplied by it as it is stored.
-    scaling: CudaSlice<f32>,
-}
+/// A low-rank update of a weight `[rows, cols]` in device memory, with the scaling once for each row: the product is multiplied
+/// by it as it is stored.
+pub type CudaLowRank = LowRank<CudaSlice<u8>, CudaSlice<f32>>;
 
 impl CudaLowRank {
     /// Uploads row-major A `[rank, cols]` and B `[rows, rank]`.
@@ -24,51 +18,9 @@ impl CudaLowRank {
     /// [`crate::Error::Shape`] if `a` or `b` is not a matrix with `rank` rows or columns, or `cols` is no multiple of 4,
     /// [`crate::Error::Unavailable`] if memory is short.
     pub fn pack(cuda: &Cuda, rank: usize, a: &[f32], b: &[f32], scaling: f32) -> Result<Self> {
-        if rank == 0 || a.is_empty() || b.is_empty() || !a.len().is_multiple_of(rank) || !b.len().is_multiple_of(rank) {
-            let reason = format!("A of {} and B of {} elements do not fit rank {rank}", a.len(), b.len());
-            return Err(shape("low-rank update", reason));
-        }
-        let (rows, cols, padded) = (b.len() / rank, a.len() / rank, padded(rank));
-        Ok(Self {
-            rank,
-            a: CudaDense::filled(cuda, DenseType::F32, padded, cols, |to| write_rows(a, cols, cols, to))?,
-            b: CudaDense::filled(cuda, DenseType::F32, rows, padded, |to| write_rows(b, rank, padded, to))?,
-            scaling: cuda.upload(&vec![scaling; rows], "an adapter's scaling")?,
-        })
-    }
-
-    /// Inner dimension.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// Output features.
-    pub fn rows(&self) -> usize {
-        self.b.rows()
-    }
-
-    /// Input features.
-    pub fn cols(&self) -> usize {
-        self.a.cols()
-    }
-
-    /// Stored bytes.
-    pub fn bytes(&self) -> usize {
-        self.a.bytes() + self.b.bytes() + self.scaling.num_bytes()
-    }
-}
-
-/// The rank that makes rows of B whole vectors.
-fn padded(rank: usize) -> usize {
-    rank.next_multiple_of(4)
-}
-
-/// Writes rows of `len` values, `stride` apart; the rest stays zero.
-fn write_rows(values: &[f32], len: usize, stride: usize, to: &mut [u8]) {
-    for (row, to) in values.chunks_exact(len).zip(to.chunks_exact_mut(stride * size_of::<f32>())) {
-        for (v, to) in row.iter().zip(to.as_chunks_mut::<4>().0) {
-            *to = v.to_le_bytes();
-        }
+        let filled = |rows, cols, fill: &dyn Fn(&mut [u8])| CudaDense::filled(cuda, DenseType::F32, rows, cols, fill);
+        let scaling = |rows| cuda.upload(&vec![scaling; rows], "an adapter's scaling");
+        Self::of(rank, (a, b), 1.0, filled, scaling)
     }
 }
 
@@ -86,18 +38,7 @@ impl Cuda {
         out: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         const OP: &str = "low-rank update";
-        let Some(cols) = updates.first().map(|(_, w)| w.cols()) else { return Ok(()) };
-        let tokens = x.len() / cols;
-        let mut end = 0;
-        let apart = updates.iter().all(|(at, w)| {
-            let starts = *at >= end;
-            end = at.saturating_add(w.rows());
-            starts && w.cols() == cols
-        });
-        if !apart || end > stride || x.len() != tokens * cols || tokens.checked_mul(stride) != Some(out.len()) {
-            let reason = format!("{} inputs of {cols}, {} outputs in rows of {stride}", x.len(), out.len());
-            return Err(shape(OP, reason));
-        }
+        let tokens = low_rank::tokens(updates, x.len(), stride, out.len())?;
         let (x, out) = (self.read(x), self.write(out));
         let scratch = &mut *self.scratch();
         for (at, w) in updates {
@@ -114,19 +55,5 @@ impl Cuda {
             unsafe { self.dense_columns(OP, &w.b, scaling, inner, tokens, &mut scratch.columns, columns) }?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_padded_with_zeros() {
-        assert_eq!([1, 4, 5, 16].map(padded), [4, 4, 8, 16]);
-        let mut bytes = [0u8; 32];
-        write_rows(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 4, &mut bytes);
-        let floats: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        assert_eq!(floats, [1.0, 2.0, 3.0, 0.0, 4.0, 5.0, 6.0, 0.0]);
     }
 }

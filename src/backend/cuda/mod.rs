@@ -38,17 +38,16 @@ pub use found::{chips, free_memory};
 pub use graph::{GraphKey, Graphs};
 pub use low_rank::CudaLowRank;
 pub use open::{count, open};
-pub use params::{MarkUpdate, SampleSettings};
-pub use profile::KernelTime;
 pub use sample::CudaSampler;
 pub use ternary::CudaTernary;
 
-use crate::{Error, Result};
+use super::gpu::{Memory, Open, shape};
+use crate::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A GPU with its kernels, scratch memory and one stream: a candle device's.
 pub struct Cuda {
@@ -94,15 +93,8 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::new`].
     pub fn shared(device: &CudaDevice) -> Result<Arc<Self>> {
-        static OPEN: Mutex<Vec<(DeviceId, Weak<Cuda>)>> = Mutex::new(Vec::new());
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|(_, cuda)| cuda.strong_count() > 0);
-        if let Some(cuda) = open.iter().find(|(id, _)| *id == device.id()).and_then(|(_, cuda)| cuda.upgrade()) {
-            return Ok(cuda);
-        }
-        let cuda = Arc::new(Self::new(device)?);
-        open.push((device.id(), Arc::downgrade(&cuda)));
-        Ok(cuda)
+        static OPEN: Open<DeviceId, Cuda> = Open::new();
+        OPEN.shared(device.id(), || Self::new(device))
     }
 
     /// What is known of the chip and its driver.
@@ -195,11 +187,6 @@ fn zeroed<T: DeviceRepr + ValidAsZeroBits>(stream: &Arc<CudaStream>, len: usize,
     stream.alloc_zeros(len).map_err(|e| failure::allocation(stream, what, bytes, e))
 }
 
-/// The error for operands that do not fit.
-fn shape(op: &'static str, reason: String) -> Error {
-    Error::Shape { op, reason }
-}
-
 /// Refuses addresses of rows that kernels read 16 bytes at a time and could not. Allocations start at such addresses, and so
 /// does every row of a multiple of 4 values in them.
 fn aligned<const N: usize>(op: &'static str, addresses: [u64; N]) -> Result<()> {
@@ -209,7 +196,12 @@ fn aligned<const N: usize>(op: &'static str, addresses: [u64; N]) -> Result<()> 
     }
 }
 
-/// A number as kernels take it.
-fn int(op: &'static str, name: &str, value: usize) -> Result<i32> {
-    i32::try_from(value).map_err(|_| shape(op, format!("{value} {name} exceed {}", i32::MAX)))
+impl<T> Memory for CudaSlice<T> {
+    fn len(&self) -> usize {
+        CudaSlice::len(self)
+    }
+
+    fn bytes(&self) -> usize {
+        self.num_bytes()
+    }
 }

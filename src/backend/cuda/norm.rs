@@ -1,13 +1,11 @@
 //! RMSNorm alone, the gated activation alone, and columns put where they belong.
 
-use super::launch::{Launch, MAX_GRID_YZ, arg};
-use super::linear::activation;
-use super::{Cuda, CudaView, CudaViewMut, int, plan, shape};
+use super::launch::arg;
+use super::{Cuda, CudaView, CudaViewMut, plan};
 use crate::Result;
 use crate::backend::cpu::Gate;
-
-/// Threads of a block that takes columns of one token.
-const COLUMN_THREADS: usize = 256;
+use crate::backend::gpu::norm::{activation, gated_tokens, norm_tokens};
+use crate::backend::gpu::{Launch, MAX_GRID_YZ, groups, int};
 
 impl Cuda {
     /// RMSNorm of f32 rows as long as `weight`; `out` is as large as `x` and no part of it.
@@ -21,19 +19,16 @@ impl Cuda {
         eps: f32,
         out: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
+        const OP: &str = "rms_norm";
         let cols = weight.len();
-        if cols == 0 || !x.len().is_multiple_of(cols) || out.len() != x.len() {
-            let reason = format!("{} elements in rows of {cols} into {}", x.len(), out.len());
-            return Err(shape("rms_norm", reason));
-        }
-        let tokens = x.len() / cols;
+        let tokens = norm_tokens(OP, x.len(), cols, out.len())?;
         if tokens == 0 {
             return Ok(());
         }
         let launch = Launch::new("bitnet_rmsnorm", (tokens, 1, 1), plan::row_threads(cols))
             .shared(plan::RMS_NORM_SHARED)
             .bytes(2 * size_of::<f32>() * x.len());
-        let (rows, k, none) = (int("rms_norm", "tokens", tokens)?, int("rms_norm", "columns", cols)?, 0u64);
+        let (rows, k, none) = (int(OP, "tokens", tokens)?, int(OP, "columns", cols)?, 0u64);
         let (x, weight, y) = (self.read(x), self.read(weight), self.write(out));
         let arguments = &mut [arg(&x), arg(&none), arg(&weight), arg(&eps), arg(&rows), arg(&k), arg(&y)];
         // SAFETY: the arguments of bitnet_rmsnorm; x and y are [rows, k], weight [k], checked above; x is only read, as
@@ -52,17 +47,15 @@ impl Cuda {
         cols: usize,
         out: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        if cols == 0 || !out.len().is_multiple_of(cols) || gate_up.len() != 2 * out.len() {
-            let reason = format!("{} elements in rows of 2 · {cols} into {}", gate_up.len(), out.len());
-            return Err(shape("gated activation", reason));
-        }
-        let (tokens, n) = (out.len() / cols, int("gated activation", "columns", cols)?);
+        const OP: &str = "gated activation";
+        let tokens = gated_tokens(OP, gate_up.len(), cols, out.len())?;
+        let n = int(OP, "columns", cols)?;
         let (from, to, activation) = (self.read(gate_up), self.write(out), activation(gate));
         for (first, count) in groups(tokens, MAX_GRID_YZ) {
             let row = (first * cols * size_of::<f32>()) as u64;
             let (from, to) = (from + 2 * row, to + row);
-            let rows = int("gated activation", "tokens", count)?;
-            let launch = Launch::new("bitnet_gated", (cols.div_ceil(COLUMN_THREADS), count, 1), COLUMN_THREADS)
+            let rows = int(OP, "tokens", count)?;
+            let launch = Launch::new("bitnet_gated", (cols.div_ceil(plan::THREADS), count, 1), plan::THREADS)
                 .bytes(3 * size_of::<f32>() * count * cols);
             // SAFETY: the arguments of bitnet_gated; `count` rows of 2 · cols and of cols lie behind the addresses, as
             // all tokens' do by the check above.
@@ -84,7 +77,7 @@ impl Cuda {
         stride: usize,
         add: bool,
     ) -> Result<()> {
-        let launch = Launch::new("bitnet_place", (n.div_ceil(COLUMN_THREADS), tokens, 1), COLUMN_THREADS)
+        let launch = Launch::new("bitnet_place", (n.div_ceil(plan::THREADS), tokens, 1), plan::THREADS)
             .bytes((2 + usize::from(add)) * size_of::<f32>() * tokens * n);
         let op = "columns";
         let (rows, n, stride) = (int(op, "tokens", tokens)?, int(op, "columns", n)?, int(op, "columns", stride)?);
@@ -94,22 +87,9 @@ impl Cuda {
     }
 }
 
-/// Cuts `total` into runs of up to `most`: first and count of each.
-pub(super) fn groups(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..total).step_by(most).map(move |first| (first, most.min(total - first)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::images::known;
-    use super::groups;
-
-    #[test]
-    fn groups_cover_all() {
-        assert_eq!(groups(0, 8).count(), 0);
-        assert_eq!(groups(17, 8).collect::<Vec<_>>(), [(0, 8), (8, 8), (16, 1)]);
-        assert_eq!(groups(8, 8).collect::<Vec<_>>(), [(0, 8)]);
-    }
 
     #[test]
     fn kernels_are_there() {

@@ -1,6 +1,7 @@
 //! Finding and opening a GPU. Without a driver or a GPU these return; they never panic.
 
 use super::failure;
+use crate::backend::gpu::no_such_gpu;
 use crate::{Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::CudaError;
@@ -19,17 +20,11 @@ pub fn count() -> usize {
 /// [`Error::Unavailable`] without a driver or such a GPU, saying what was found, or if the driver refuses a context.
 pub fn open(ordinal: usize) -> Result<Device> {
     let found = devices()?;
-    let what = || format!("GPU {ordinal}");
     if ordinal >= found {
-        let there = match found {
-            0 => "the driver shows no GPU to this process (see nvidia-smi and CUDA_VISIBLE_DEVICES)".to_owned(),
-            1 => "the driver shows one GPU, number 0".to_owned(),
-            n => format!("the driver shows {n} GPUs, numbers 0 to {}", n - 1),
-        };
-        return Err(failure::unavailable(what(), format!("{there}; use --device cpu or another number")));
+        return Err(no_such_gpu(ordinal, found, "the driver", " (see nvidia-smi and CUDA_VISIBLE_DEVICES)"));
     }
     let device = guarded(|| Device::new_cuda_with_stream(ordinal))?;
-    let device = device.map_err(|e| failure::unavailable(what(), told(&e)))?;
+    let device = device.map_err(|e| failure::unavailable(format!("GPU {ordinal}"), told(&e)))?;
     if let Device::Cuda(cuda) = &device {
         // SAFETY: candle allocates, uses and frees all memory of this device in its one stream, so the order of the
         // stream is all the synchronization that is needed.

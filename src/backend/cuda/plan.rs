@@ -2,12 +2,11 @@
 
 use super::Chip;
 
-/// Columns of a tile of packed weights.
-pub(super) const TILE_COLS: usize = 256;
-/// Bytes of a tile.
-pub(super) const TILE_BYTES: usize = 1024;
-/// Most tokens of one decode product.
-pub(super) const DECODE_TOKENS: usize = 8;
+use crate::backend::gpu::plan::k_tiles;
+pub(super) use crate::backend::gpu::plan::{
+    DECODE_TOKENS, THREADS, decode_attention_blocks, decode_attention_shared, padded, row_tiles,
+};
+
 /// Shared memory of `bitnet_norm_quantise`.
 pub(super) const QUANTISE_SHARED: usize = 384;
 /// Shared memory of `bitnet_rmsnorm`.
@@ -18,21 +17,6 @@ const SHORTEST_BUCKET: usize = 256;
 const MAX_SPLITS: usize = 64;
 /// Most runs of all tokens of a decode attention together, where there is more than one a token.
 const MAX_RUNS: usize = DECODE_TOKENS * MAX_SPLITS;
-
-/// Bytes of one token's int8 codes: `cols` padded to whole tiles.
-pub(super) fn padded(cols: usize) -> usize {
-    cols.div_ceil(TILE_COLS) * TILE_COLS
-}
-
-/// Row tiles of a product with `n` outputs a token (pairs, for the gated form).
-pub(super) fn row_tiles(n: usize, gated: bool) -> usize {
-    n.div_ceil(if gated { 8 } else { 16 })
-}
-
-/// Bytes of a packed matrix.
-pub(super) fn packed_bytes(n: usize, cols: usize, gated: bool) -> usize {
-    row_tiles(n, gated).saturating_mul(cols.div_ceil(TILE_COLS)).saturating_mul(TILE_BYTES)
-}
 
 /// Threads for one row of `k` values.
 pub(super) fn row_threads(k: usize) -> usize {
@@ -66,7 +50,7 @@ pub(super) fn gemv(chip: &Chip, row_tiles: usize, k: usize, tokens: usize) -> Op
             let shared = gemv_shared(tokens, k, row_tiles, grid);
             if chip.fits(shared, resident) {
                 // A warp for each tile of a block, and enough threads to quantise its rows.
-                let tiles = row_tiles.div_ceil(grid) * k.div_ceil(TILE_COLS);
+                let tiles = row_tiles.div_ceil(grid) * k_tiles(k);
                 let block = if k >= 2048 { 512 } else { 32 * tiles.clamp(4, 16) };
                 return Some(Gemv { tokens, grid, block, shared });
             }
@@ -109,8 +93,6 @@ pub(super) struct Head {
     pub shared: usize,
 }
 
-/// Threads of a block of `bitnet_head_*`.
-pub(super) const HEAD_THREADS: usize = 256;
 /// Rows that a warp takes at a time.
 const HEAD_ROWS: usize = 4;
 
@@ -122,7 +104,7 @@ pub(super) fn head(chip: &Chip, element: usize, rows: usize, cols: usize, tokens
     let smallest = tokens.clamp(1, DECODE_TOKENS).next_power_of_two();
     let tokens = [8, 4, 2, 1].into_iter().find(|t| *t <= smallest && chip.fits(shared(*t), 1))?;
     let resident = [4, 3, 2].into_iter().find(|n| chip.fits(shared(tokens), *n)).unwrap_or(1);
-    let blocks = rows.div_ceil(HEAD_ROWS * HEAD_THREADS / 32);
+    let blocks = rows.div_ceil(HEAD_ROWS * THREADS / 32);
     Some(Head { tokens, grid: blocks.clamp(1, resident * chip.multiprocessors), shared: shared(tokens) })
 }
 
@@ -135,16 +117,6 @@ pub(super) fn bucket(longest: usize) -> usize {
 /// tokens fill the chip anyway.
 pub(super) fn splits(bucket: usize, tokens: usize) -> usize {
     (bucket / 32).min(MAX_RUNS / tokens.max(1)).clamp(1, MAX_SPLITS)
-}
-
-/// Blocks of a decode attention for one run of one token: up to 4 query heads each.
-pub(super) fn decode_attention_blocks(heads: usize, kv_heads: usize) -> usize {
-    kv_heads * (heads / kv_heads).div_ceil(4)
-}
-
-/// Shared memory of `bitnet_decode_attention_*`.
-pub(super) fn decode_attention_shared(head_dim: usize) -> usize {
-    (6 * head_dim + 2320) * 4
 }
 
 /// Shared memory of `bitnet_prefill_attention_*` in f32.
@@ -167,16 +139,6 @@ mod tests {
     use super::*;
 
     const CHIPS: [(u32, u32); 5] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)];
-
-    #[test]
-    fn packed_sizes() {
-        // 2B-4T: qkv [3840, 2560], gate/up of 6912 pairs.
-        assert_eq!(packed_bytes(3840, 2560, false), 3840 * 2560 / 4);
-        assert_eq!(packed_bytes(6912, 2560, true), 2 * 6912 * 2560 / 4);
-        assert_eq!(packed_bytes(17, 257, false), 2 * 2 * 1024);
-        assert_eq!(packed_bytes(9, 1, true), 2 * 1024);
-        assert_eq!((padded(1), padded(256), padded(257)), (256, 256, 512));
-    }
 
     #[test]
     fn decode_products_fit_every_chip() {
@@ -247,9 +209,6 @@ mod tests {
 
     #[test]
     fn attention_shapes() {
-        assert_eq!(decode_attention_blocks(20, 5), 5);
-        assert_eq!(decode_attention_blocks(20, 4), 8);
-        assert_eq!(decode_attention_shared(128), (6 * 128 + 2320) * 4);
         assert!(decode_attention_shared(256) <= super::super::images::PLAIN_SHARED);
         assert_eq!(prefill_attention_shared(256), 71_168);
         assert_eq!([64, 96, 128, 256].map(matrix_attention_shared), [36_864, 53_248, 69_632, 133_120].map(Some));

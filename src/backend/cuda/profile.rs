@@ -2,27 +2,14 @@
 
 use super::{Cuda, failure};
 use crate::Result;
+use crate::backend::gpu::profile::{KernelTime, Totals};
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, DriverError};
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Launches whose events wait to be read; more are read at once.
 const PENDING: usize = 4096;
-
-/// What all launches of a kernel took.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct KernelTime {
-    /// The kernel's name.
-    pub kernel: &'static str,
-    /// Launches.
-    pub launches: usize,
-    /// Seconds on the device, all launches together.
-    pub seconds: f64,
-    /// Bytes of device memory that they had to move.
-    pub bytes: usize,
-}
 
 #[derive(Default)]
 pub(super) struct Profile {
@@ -33,18 +20,13 @@ pub(super) struct Profile {
 #[derive(Default)]
 struct Record {
     pending: Vec<(&'static str, usize, CudaEvent, CudaEvent)>,
-    totals: BTreeMap<&'static str, KernelTime>,
+    totals: Totals,
 }
 
 impl Record {
     fn read(&mut self) -> Result<(), DriverError> {
         for (kernel, bytes, start, end) in self.pending.drain(..) {
-            let seconds = f64::from(start.elapsed_ms(&end)?) / 1e3;
-            let none = KernelTime { kernel, launches: 0, seconds: 0.0, bytes: 0 };
-            let total = self.totals.entry(kernel).or_insert(none);
-            total.launches += 1;
-            total.seconds += seconds;
-            total.bytes += bytes;
+            self.totals.add(kernel, bytes, f64::from(start.elapsed_ms(&end)?) / 1e3);
         }
         Ok(())
     }
@@ -95,8 +77,6 @@ impl Cuda {
     pub fn take_profile(&self) -> Result<Vec<KernelTime>> {
         let mut record = self.profile.record();
         record.read().map_err(|e| failure::driver(&self.stream, "timing kernels", e))?;
-        let mut times: Vec<_> = std::mem::take(&mut record.totals).into_values().collect();
-        times.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-        Ok(times)
+        Ok(record.totals.take())
     }
 }

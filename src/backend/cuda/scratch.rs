@@ -4,6 +4,7 @@
 
 use super::{Cuda, failure};
 use crate::Result;
+use crate::backend::gpu::Kept;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr, ValidAsZeroBits};
 use std::sync::atomic::Ordering;
 
@@ -29,13 +30,7 @@ pub(super) struct Scratch {
 }
 
 /// Memory that grows.
-pub(super) struct Buffer<T>(Option<CudaSlice<T>>);
-
-impl<T> Default for Buffer<T> {
-    fn default() -> Self {
-        Self(None)
-    }
-}
+pub(super) type Buffer<T> = Kept<CudaSlice<T>>;
 
 impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
     /// The memory, `len` elements or more; zeroed when it grows, with nothing kept.
@@ -43,36 +38,20 @@ impl<T: DeviceRepr + ValidAsZeroBits> Buffer<T> {
     /// # Errors
     /// [`crate::Error::Unavailable`] if memory is short, or must not move because a graph is being captured.
     pub(super) fn at_least(&mut self, cuda: &Cuda, len: usize, what: &str) -> Result<&mut CudaSlice<T>> {
-        if self.0.as_ref().is_none_or(|m| m.len() < len) {
+        // Kernels that still use the old memory come before its release in the stream.
+        let before = || {
             if cuda.capturing.load(Ordering::Relaxed) {
                 return Err(failure::unavailable(what, "it would have to grow while a graph is being captured"));
             }
-            // The old memory first: kernels that still use it come before its release in the stream.
-            self.0 = None;
             cuda.generation.fetch_add(1, Ordering::Relaxed);
-            self.0 = Some(cuda.zeroed(grown(len), what)?);
-        }
-        self.0.as_mut().ok_or_else(|| failure::unavailable(what, "it was not allocated"))
+            Ok(())
+        };
+        self.grown(len, what, before, |len| cuda.zeroed(len, what))
     }
 
     /// The address of `len` elements or more; see [`Buffer::at_least`].
     pub(super) fn address(&mut self, cuda: &Cuda, len: usize, what: &str) -> Result<u64> {
         let memory = self.at_least(cuda, len, what)?;
         Ok(cuda.write(memory))
-    }
-}
-
-/// A little more than is needed, so that growing prompts do not move it every time.
-fn grown(len: usize) -> usize {
-    len.saturating_add(len / 4).max(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn growth_is_bounded() {
-        assert_eq!(super::grown(0), 1024);
-        assert_eq!(super::grown(4000), 5000);
-        assert_eq!(super::grown(usize::MAX), usize::MAX);
     }
 }

@@ -2,8 +2,10 @@
 //! (`kernels/emulator/with_driver.sh`); without either the tests say so and pass.
 
 use super::*;
+use crate::Error;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::cpu::Gate;
+use crate::backend::gpu::{MarkUpdate, SampleSettings};
 use crate::backend::{Arrangement, DenseType};
 use crate::ternary::{PackedTernary, Scale, round_half_even};
 use candle_core::Device;

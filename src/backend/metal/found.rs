@@ -1,8 +1,9 @@
 //! The GPUs of this machine, and opening one. Without one these return; they never panic.
 
 use super::chip::MetalChip;
-use super::{failure, gpu};
+use super::driver;
 use crate::Result;
+use crate::backend::gpu::no_such_gpu;
 use candle_core::{Device, MetalDevice};
 
 /// How many GPUs Metal shows; 0 where there is no Metal.
@@ -17,7 +18,7 @@ pub fn count() -> usize {
 pub fn chips() -> Result<Vec<MetalChip>> {
     match std::env::var_os("BITNET_METAL_DEVICES") {
         Some(hidden) if hidden == "0" => Ok(Vec::new()),
-        _ => gpu::found(),
+        _ => driver::found(),
     }
 }
 
@@ -28,16 +29,10 @@ pub fn chips() -> Result<Vec<MetalChip>> {
 pub fn open(ordinal: usize) -> Result<Device> {
     let chips = chips()?;
     let Some(chip) = chips.get(ordinal) else {
-        let there = match chips.len() {
-            0 => "Metal shows no GPU to this process".to_owned(),
-            1 => "Metal shows one GPU, number 0".to_owned(),
-            n => format!("Metal shows {n} GPUs, numbers 0 to {}", n - 1),
-        };
-        let reason = format!("{there}; use --device cpu or another number");
-        return Err(failure::unavailable(format!("GPU {ordinal}"), reason));
+        return Err(no_such_gpu(ordinal, chips.len(), "Metal", ""));
     };
     chip.usable()?;
-    gpu::open(ordinal)
+    driver::open(ordinal)
 }
 
 /// What tells candle devices apart.

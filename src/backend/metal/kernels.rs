@@ -2,9 +2,10 @@
 //!
 //! A library is `common.metal` followed by one other file, compiled when one of its kernels is first needed.
 
+use super::driver::Kernel;
 use super::failure;
-use super::gpu::Kernel;
 use crate::Result;
+use crate::backend::gpu::plan::by_tokens;
 
 /// Threads of a simdgroup.
 #[cfg_attr(not(target_os = "macos"), allow(dead_code))]
@@ -63,14 +64,6 @@ pub(super) fn kernel(name: &'static str) -> Result<Kernel> {
     Ok(Kernel { name, library })
 }
 
-/// The names of a kernel's forms for up to 1, 2, 4 and 8 tokens.
-macro_rules! by_tokens {
-    ($name:literal) => {
-        [concat!($name, "_1"), concat!($name, "_2"), concat!($name, "_4"), concat!($name, "_8")]
-    };
-}
-pub(super) use by_tokens;
-
 /// Every kernel that the host launches.
 pub(super) fn all() -> impl Iterator<Item = &'static str> {
     const BY_TOKENS: [[&str; 4]; 9] = [
@@ -123,16 +116,6 @@ pub(super) fn all() -> impl Iterator<Item = &'static str> {
     BY_TOKENS.into_iter().flatten().chain(BY_TYPE).chain(PREFILL).chain(OTHERS)
 }
 
-/// Most tokens of a form: 1, 2, 4 or 8, the smallest that holds `tokens`, at most 8.
-pub(super) fn form(tokens: usize) -> usize {
-    tokens.clamp(1, 8).next_power_of_two()
-}
-
-/// The form of [`by_tokens`] for `tokens` tokens.
-pub(super) fn form_of(names: [&'static str; 4], tokens: usize) -> &'static str {
-    names[form(tokens).ilog2() as usize]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,11 +131,6 @@ mod tests {
         let every: std::collections::BTreeSet<_> = all().collect();
         assert_eq!((every.len(), all().count()), (71, 71));
         assert!(every.iter().all(|name| kernel(name).is_ok()));
-        let names = by_tokens!("k");
-        assert_eq!(
-            [0, 1, 2, 3, 4, 5, 8, 9].map(|t| form_of(names, t)),
-            ["k_1", "k_1", "k_2", "k_4", "k_4", "k_8", "k_8", "k_8"]
-        );
     }
 
     #[test]

@@ -1,96 +1,56 @@
 //! Quantised products: up to 8 tokens by a decode product, which quantises inside where it has the room, more by a matrix
 //! product.
 
-use super::kernels::{by_tokens, form_of};
-use super::launch::Launch;
 use super::params::{Norm, Product as Params};
 use super::scratch::Scratch;
-use super::{Metal, MetalSlice, MetalTernary, aligned, int, plan, shape};
+use super::{Metal, MetalBuffer, MetalSlice, MetalTernary, aligned, plan};
 use crate::Result;
-use crate::backend::Arrangement;
 use crate::backend::cpu::Gate;
+use crate::backend::gpu::Launch;
+use crate::backend::gpu::linear::{Epilogue, Product};
+use crate::backend::gpu::plan::{by_tokens, form_of};
 
-/// What becomes of a product's results.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Epilogue {
-    Store,
-    Add,
-    Gated(Gate),
+fn gemv_kernel(epilogue: Epilogue, quantises: bool, tokens: usize) -> &'static str {
+    let names = match (epilogue, quantises) {
+        (Epilogue::Store, true) => by_tokens!("bitnet_gemv_norm"),
+        (Epilogue::Add, true) => by_tokens!("bitnet_gemv_norm_residual"),
+        (Epilogue::Gated(_), true) => by_tokens!("bitnet_gemv_norm_gated"),
+        (Epilogue::Store, false) => by_tokens!("bitnet_gemv"),
+        (Epilogue::Add, false) => by_tokens!("bitnet_gemv_residual"),
+        (Epilogue::Gated(_), false) => by_tokens!("bitnet_gemv_gated"),
+    };
+    form_of(names, tokens)
 }
 
-impl Epilogue {
-    fn gemv(self, quantises: bool, tokens: usize) -> &'static str {
-        let names = match (self, quantises) {
-            (Self::Store, true) => by_tokens!("bitnet_gemv_norm"),
-            (Self::Add, true) => by_tokens!("bitnet_gemv_norm_residual"),
-            (Self::Gated(_), true) => by_tokens!("bitnet_gemv_norm_gated"),
-            (Self::Store, false) => by_tokens!("bitnet_gemv"),
-            (Self::Add, false) => by_tokens!("bitnet_gemv_residual"),
-            (Self::Gated(_), false) => by_tokens!("bitnet_gemv_gated"),
-        };
-        form_of(names, tokens)
-    }
-
-    fn gemm(self, wide: bool) -> &'static str {
-        match (self, wide) {
-            (Self::Store, false) => "bitnet_gemm",
-            (Self::Store, true) => "bitnet_gemm_64",
-            (Self::Add, false) => "bitnet_gemm_residual",
-            (Self::Add, true) => "bitnet_gemm_residual_64",
-            (Self::Gated(_), false) => "bitnet_gemm_gated",
-            (Self::Gated(_), true) => "bitnet_gemm_gated_64",
-        }
-    }
-
-    fn is_gated(self) -> bool {
-        matches!(self, Self::Gated(_))
-    }
-
-    fn activation(self) -> i32 {
-        match self {
-            Self::Gated(gate) => activation(gate),
-            Self::Store | Self::Add => 0,
-        }
+fn gemm_kernel(epilogue: Epilogue, wide: bool) -> &'static str {
+    match (epilogue, wide) {
+        (Epilogue::Store, false) => "bitnet_gemm",
+        (Epilogue::Store, true) => "bitnet_gemm_64",
+        (Epilogue::Add, false) => "bitnet_gemm_residual",
+        (Epilogue::Add, true) => "bitnet_gemm_residual_64",
+        (Epilogue::Gated(_), false) => "bitnet_gemm_gated",
+        (Epilogue::Gated(_), true) => "bitnet_gemm_gated_64",
     }
 }
 
-/// A gated activation as kernels know it.
-pub(super) fn activation(gate: Gate) -> i32 {
-    match gate {
-        Gate::Relu2 => 0,
-        Gate::Silu => 1,
-    }
-}
-
-/// One product, checked.
-struct Product<'a> {
-    op: &'static str,
-    weight: &'a MetalTernary,
+/// A product, checked, with its operands.
+struct Operands<'a> {
+    product: Product<'a, MetalBuffer<u8>>,
     x: MetalSlice<'a>,
     norm: Option<(MetalSlice<'a>, f32)>,
     /// From the first output value of the first token on.
     out: MetalSlice<'a>,
-    tokens: usize,
-    /// Output values of a token.
-    n: usize,
-    /// Elements between the outputs of two tokens.
-    stride: usize,
-    epilogue: Epilogue,
 }
 
-impl Product<'_> {
+impl Operands<'_> {
     fn params(&self) -> Result<Params> {
-        let op = self.op;
-        Ok(Params {
-            scales: self.weight.scales(),
-            eps: self.norm.map_or(0.0, |(_, eps)| eps),
-            tokens: int(op, "tokens", self.tokens)?,
-            n: int(op, "outputs", self.n)?,
-            k: int(op, "columns", self.weight.cols())?,
-            ld_out: int(op, "columns", self.stride)?,
-            activation: self.epilogue.activation(),
-            has_norm: i32::from(self.norm.is_some()),
-        })
+        let sizes = self.product.sizes(self.product.tokens)?;
+        let (scales, has_norm) = (self.product.weight.scales(), i32::from(self.norm.is_some()));
+        Ok(Params { scales, eps: self.norm.map_or(0.0, |(_, eps)| eps), sizes, has_norm })
+    }
+
+    fn weights(&self) -> MetalSlice<'_, u8> {
+        self.product.weight.data().as_slice()
     }
 
     /// The norm's weight, or what is bound in its place.
@@ -118,12 +78,11 @@ impl Metal {
         width: usize,
         add: bool,
     ) -> Result<()> {
-        let epilogue = if add { Epilogue::Add } else { Epilogue::Store };
-        self.product("norm_linear", weight, x, norm, out, first_column, width, epilogue)
+        self.product("norm_linear", weight, x, norm, out, first_column, width, Epilogue::adds(add))
     }
 
-    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a [`Arrangement::GateUp`] weight of 2 · n
-    /// rows; input and norm as in [`Metal::norm_linear`].
+    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a [`crate::backend::Arrangement::GateUp`] weight
+    /// of 2 · n rows; input and norm as in [`Metal::norm_linear`].
     ///
     /// # Errors
     /// As [`Metal::norm_linear`].
@@ -150,31 +109,14 @@ impl Metal {
         width: usize,
         epilogue: Epilogue,
     ) -> Result<()> {
-        let k = weight.cols();
-        let n = if epilogue.is_gated() { weight.rows() / 2 } else { weight.rows() };
-        let tokens = x.len() / k;
-        let fits = epilogue.is_gated() == (weight.arrangement() == Arrangement::GateUp)
-            && x.len() == tokens * k
-            && tokens.checked_mul(width) == Some(out.len())
-            && first_column.checked_add(n).is_some_and(|end| end <= width)
-            && norm.is_none_or(|(w, _)| w.len() == k);
-        if !fits {
-            let reason = format!(
-                "{:?} weight [{}, {k}], {} inputs, norm of {:?}, {} outputs in rows of {width} from column {first_column}",
-                weight.arrangement(),
-                weight.rows(),
-                x.len(),
-                norm.map(|(w, _)| w.len()),
-                out.len()
-            );
-            return Err(shape(op, reason));
-        }
+        let norm_len = norm.map(|(w, _)| w.len());
+        let product = Product::of(op, weight, epilogue, x.len(), norm_len, out.len(), first_column, width)?;
+        let (tokens, n, k) = (product.tokens, product.n, product.k);
         if tokens == 0 {
             return Ok(());
         }
-        aligned(op, [x, norm.map_or(x, |(weight, _)| weight)])?;
-        let out = out.slice(first_column..);
-        let p = Product { op, weight, x, norm, out, tokens, n, stride: width, epilogue };
+        let p = Operands { product, x, norm, out: out.slice(first_column..) };
+        aligned(op, [x, p.norm_weight()])?;
         if tokens > plan::DECODE_TOKENS {
             return self.prefill(&p);
         }
@@ -183,60 +125,57 @@ impl Metal {
     }
 
     /// One launch that normalises, quantises and multiplies.
-    fn decode(&self, p: &Product<'_>, plan: plan::Gemv) -> Result<()> {
-        let Product { tokens, n, .. } = *p;
-        let bytes = p.weight.bytes() + tokens * (p.weight.cols() + n) * size_of::<f32>();
-        let launch = Launch::new(p.epilogue.gemv(true, tokens), (plan.grid, 1, 1), plan::THREADS)
-            .threadgroup(plan.threadgroup)
-            .bytes(bytes);
-        let bindings = [p.weight.data().as_slice().input(), p.x.input(), p.norm_weight().input(), p.out.output()];
+    fn decode(&self, p: &Operands<'_>, plan: plan::Gemv) -> Result<()> {
+        let Product { tokens, k, epilogue, .. } = p.product;
+        let launch = Launch::new(gemv_kernel(epilogue, true, tokens), (plan.grid, 1, 1), plan::THREADS)
+            .shared(plan.threadgroup)
+            .bytes(p.product.moved(tokens, k * size_of::<f32>()));
+        let bindings = [p.weights().input(), p.x.input(), p.norm_weight().input(), p.out.output()];
         // SAFETY: the bindings and parameters of bitnet_gemv_norm*: `product` checked that weight, input, norm and output
         // have the sizes that tokens, n, k and ld_out say.
         unsafe { self.launch(launch, &bindings, &p.params()?) }
     }
 
     /// Quantises all tokens into scratch memory, then a decode product.
-    fn decode_quantised(&self, p: &Product<'_>, plan: plan::Gemv) -> Result<()> {
-        let scratch = &mut *self.scratch();
-        let (q, stats) = self.quantise(p, scratch)?;
-        let bytes = p.weight.bytes() + p.tokens * (2 * plan::padded(p.weight.cols()) + p.n * size_of::<f32>());
-        let launch = Launch::new(p.epilogue.gemv(false, p.tokens), (plan.grid, 1, 1), plan::THREADS)
-            .threadgroup(plan.threadgroup)
-            .bytes(bytes);
-        let bindings = [p.weight.data().as_slice().input(), q.input(), stats.input(), p.out.output()];
-        // SAFETY: as in `decode`; the scratch was filled by the kernel before.
-        unsafe { self.launch(launch, &bindings, &p.params()?) }
+    fn decode_quantised(&self, p: &Operands<'_>, plan: plan::Gemv) -> Result<()> {
+        let kernel = gemv_kernel(p.product.epilogue, false, p.product.tokens);
+        self.quantised(p, Launch::new(kernel, (plan.grid, 1, 1), plan::THREADS).shared(plan.threadgroup))
     }
 
     /// Quantises all tokens into scratch memory, then a matrix product.
-    fn prefill(&self, p: &Product<'_>) -> Result<()> {
+    fn prefill(&self, p: &Operands<'_>) -> Result<()> {
+        let Product { tokens, n, epilogue, .. } = p.product;
+        let plan = plan::gemm(plan::row_tiles(n, epilogue.is_gated()), tokens);
+        let kernel = gemm_kernel(epilogue, plan.wide);
+        self.quantised(p, Launch::new(kernel, plan.grid, plan::GEMM_THREADS).shared(plan.threadgroup))
+    }
+
+    /// Quantises all tokens into scratch memory, then multiplies.
+    fn quantised(&self, p: &Operands<'_>, launch: Launch) -> Result<()> {
         let scratch = &mut *self.scratch();
         let (q, stats) = self.quantise(p, scratch)?;
-        let bytes = p.weight.bytes() + p.tokens * (2 * plan::padded(p.weight.cols()) + p.n * size_of::<f32>());
-        let plan = plan::gemm(plan::row_tiles(p.n, p.epilogue.is_gated()), p.tokens);
-        let launch = Launch::new(p.epilogue.gemm(plan.wide), plan.grid, plan::GEMM_THREADS)
-            .threadgroup(plan.threadgroup)
-            .bytes(bytes);
-        let bindings = [p.weight.data().as_slice().input(), q.input(), stats.input(), p.out.output()];
-        // SAFETY: as in `decode_quantised`.
+        let launch = launch.bytes(p.product.moved(p.product.tokens, 2 * plan::padded(p.product.k)));
+        let bindings = [p.weights().input(), q.input(), stats.input(), p.out.output()];
+        // SAFETY: as in `decode`, of bitnet_gemv* or bitnet_gemm*, which take the same; the scratch was filled by the kernel
+        // before.
         unsafe { self.launch(launch, &bindings, &p.params()?) }
     }
 
     /// Codes and sums of all tokens, in scratch memory.
-    fn quantise<'a>(&self, p: &Product<'_>, scratch: &'a mut Scratch) -> Result<(MetalSlice<'a, u16>, MetalSlice<'a>)> {
-        let (k, tokens) = (p.weight.cols(), p.tokens);
+    fn quantise<'a>(
+        &self,
+        p: &Operands<'_>,
+        scratch: &'a mut Scratch,
+    ) -> Result<(MetalSlice<'a, u16>, MetalSlice<'a>)> {
+        let Product { tokens, k, .. } = p.product;
         let codes = tokens.saturating_mul(plan::padded(k));
         let q = scratch.codes.first(self, codes, "quantised activations")?;
         let stats = scratch.stats.first(self, tokens.saturating_mul(plan::stats(k)), "activation sums")?;
-        let params = Norm {
-            rows: int(p.op, "tokens", tokens)?,
-            k: int(p.op, "columns", k)?,
-            eps: p.norm.map_or(0.0, |(_, eps)| eps),
-            has_add: 0,
-            has_weight: i32::from(p.norm.is_some()),
-        };
+        let (sizes, eps) = (p.product.sizes(tokens)?, p.norm.map_or(0.0, |(_, eps)| eps));
+        let has_weight = i32::from(p.norm.is_some());
+        let params = Norm { rows: sizes.tokens, k: sizes.k, eps, has_add: 0, has_weight };
         let launch = Launch::new("bitnet_norm_quantise", (tokens, 1, 1), plan::THREADS)
-            .threadgroup(plan::NORM_MEMORY)
+            .shared(plan::NORM_MEMORY)
             .bytes(tokens * k * size_of::<f32>() + 2 * codes);
         // x is only read, as there is nothing to add.
         let bindings = [p.x.input(), p.x.input(), p.norm_weight().input(), q.output(), stats.output()];
@@ -257,13 +196,12 @@ mod tests {
         for epilogue in [Epilogue::Store, Epilogue::Add, Epilogue::Gated(Gate::Silu)] {
             for quantises in [false, true] {
                 for tokens in 1..=8 {
-                    let name = epilogue.gemv(quantises, tokens);
+                    let name = gemv_kernel(epilogue, quantises, tokens);
                     assert!(kernel(name).is_ok() && name.contains("_norm") == quantises, "{name}");
                     assert!(name.ends_with(&format!("_{}", [1, 2, 4, 4, 8, 8, 8, 8][tokens - 1])), "{name}");
                 }
             }
-            assert!(kernel(epilogue.gemm(false)).is_ok() && epilogue.gemm(true).ends_with("_64"));
+            assert!(kernel(gemm_kernel(epilogue, false)).is_ok() && gemm_kernel(epilogue, true).ends_with("_64"));
         }
-        assert_eq!([Gate::Relu2, Gate::Silu].map(activation), [0, 1]);
     }
 }

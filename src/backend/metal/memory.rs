@@ -1,8 +1,9 @@
 //! Memory that the CPU and the GPU share, and parts of it that kernels are given.
 
-use super::gpu::{Binding, Memory, Owned};
-use super::{Metal, failure, shape};
+use super::driver::{Binding, Memory, Owned};
+use super::{Metal, failure};
 use crate::Result;
+use crate::backend::gpu::{self, shape};
 use bytemuck::Pod;
 use std::marker::PhantomData;
 use std::ops::{Bound, RangeBounds};
@@ -26,11 +27,6 @@ impl<T: Pod> MetalBuffer<T> {
         self.len == 0
     }
 
-    /// Bytes.
-    pub fn bytes(&self) -> usize {
-        self.len * size_of::<T>()
-    }
-
     /// All of it.
     pub fn as_slice(&self) -> MetalSlice<'_, T> {
         MetalSlice { memory: self.memory.memory(), offset: 0, len: self.len, of: PhantomData }
@@ -39,6 +35,16 @@ impl<T: Pod> MetalBuffer<T> {
     /// A part of it; outside of it there is nothing.
     pub fn slice(&self, range: impl RangeBounds<usize>) -> MetalSlice<'_, T> {
         self.as_slice().slice(range)
+    }
+}
+
+impl<T: Pod> gpu::Memory for MetalBuffer<T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
     }
 }
 

@@ -4,16 +4,16 @@
 //! waits: a decode step is one command buffer. Memory is the CPU's and the GPU's at once, so weights are packed where they
 //! stay, and nothing is copied there twice. Scratch memory is kept and only grows.
 //!
-//! `gpu` holds all that is Metal's; without a Mac the same host code runs on the emulator that stands in there.
+//! `driver` holds all that is Metal's; without a Mac the same host code runs on the emulator that stands in there.
 
 mod attention;
 mod bandwidth;
 mod batch;
 mod chip;
 mod dense;
+mod driver;
 mod failure;
 mod found;
-mod gpu;
 mod kernels;
 mod launch;
 mod linear;
@@ -37,21 +37,20 @@ pub use dense::MetalDense;
 pub use found::{chips, count, open};
 pub use low_rank::MetalLowRank;
 pub use memory::{MetalBuffer, MetalSlice};
-pub use params::{MetalMark, MetalSampling};
-pub use profile::MetalKernelTime;
 pub use sample::MetalSampler;
 pub use self_test::{SelfTest, self_test};
 pub use ternary::MetalTernary;
 
-use crate::{Error, Result};
+use super::gpu::{Open, shape};
+use crate::Result;
 use candle_core::MetalDevice;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A GPU with its kernels and scratch memory: a candle device's.
 pub struct Metal {
     chip: MetalChip,
-    gpu: gpu::Gpu,
+    gpu: driver::Gpu,
     scratch: Mutex<scratch::Scratch>,
     /// Kernels may be on their way that nobody has waited for.
     busy: AtomicBool,
@@ -65,7 +64,7 @@ impl Metal {
     /// [`Error::Unavailable`] for a GPU other than Apple's or a lack of memory, [`Error::Device`] if a kernel does not
     /// compile, [`Error::SelfCheck`] if the device's result is wrong.
     pub fn new(device: &MetalDevice) -> Result<Self> {
-        let gpu = gpu::Gpu::new(device)?;
+        let gpu = driver::Gpu::new(device)?;
         let chip = gpu.chip();
         chip.usable()?;
         let (scratch, busy, profile) = (Mutex::default(), AtomicBool::new(false), profile::Profile::default());
@@ -79,16 +78,8 @@ impl Metal {
     /// # Errors
     /// As [`Metal::new`].
     pub fn shared(device: &MetalDevice) -> Result<Arc<Self>> {
-        static OPEN: Mutex<Vec<(found::Identity, Weak<Metal>)>> = Mutex::new(Vec::new());
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|(_, metal)| metal.strong_count() > 0);
-        let identity = found::identity(device);
-        if let Some(metal) = open.iter().find(|(id, _)| *id == identity).and_then(|(_, metal)| metal.upgrade()) {
-            return Ok(metal);
-        }
-        let metal = Arc::new(Self::new(device)?);
-        open.push((identity, Arc::downgrade(&metal)));
-        Ok(metal)
+        static OPEN: Open<found::Identity, Metal> = Open::new();
+        OPEN.shared(found::identity(device), || Self::new(device))
     }
 
     /// What is known of the chip.
@@ -121,16 +112,6 @@ impl std::fmt::Debug for Metal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Metal").field(&self.chip).finish()
     }
-}
-
-/// The error for operands that do not fit.
-fn shape(op: &'static str, reason: String) -> Error {
-    Error::Shape { op, reason }
-}
-
-/// A number as kernels take it.
-fn int(op: &'static str, name: &str, value: usize) -> Result<i32> {
-    i32::try_from(value).map_err(|_| shape(op, format!("{value} {name} exceed {}", i32::MAX)))
 }
 
 /// Refuses rows that kernels read 16 bytes at a time and could not. Memory begins at such addresses, and so does every row

@@ -1,11 +1,11 @@
 //! RMSNorm alone, the gated activation alone, and columns put where they belong.
 
-use super::launch::{Launch, MAX_GRID_YZ};
-use super::linear::activation;
 use super::params::{Gated, Norm, Place};
-use super::{Metal, MetalSlice, aligned, int, plan, shape};
+use super::{Metal, MetalSlice, aligned, plan};
 use crate::Result;
 use crate::backend::cpu::Gate;
+use crate::backend::gpu::norm::{activation, gated_tokens, norm_tokens};
+use crate::backend::gpu::{Launch, MAX_GRID_YZ, groups, int, shape};
 
 impl Metal {
     /// RMSNorm of f32 rows as long as `weight`; `out` is as large as `x` and no part of it.
@@ -15,17 +15,13 @@ impl Metal {
     pub fn rms_norm(&self, x: MetalSlice<'_>, weight: MetalSlice<'_>, eps: f32, out: MetalSlice<'_>) -> Result<()> {
         const OP: &str = "rms_norm";
         let cols = weight.len();
-        if cols == 0 || !x.len().is_multiple_of(cols) || out.len() != x.len() {
-            let reason = format!("{} elements in rows of {cols} into {}", x.len(), out.len());
-            return Err(shape(OP, reason));
-        }
-        let tokens = x.len() / cols;
+        let tokens = norm_tokens(OP, x.len(), cols, out.len())?;
         if tokens == 0 {
             return Ok(());
         }
         aligned(OP, [x, weight, out])?;
         let launch = Launch::new("bitnet_rmsnorm", (tokens, 1, 1), plan::THREADS)
-            .threadgroup(plan::NORM_MEMORY)
+            .shared(plan::NORM_MEMORY)
             .bytes(2 * size_of::<f32>() * x.len());
         let (rows, k) = (int(OP, "tokens", tokens)?, int(OP, "columns", cols)?);
         let params = Norm { rows, k, eps, has_add: 0, has_weight: 1 };
@@ -40,11 +36,8 @@ impl Metal {
     /// As [`Metal::rms_norm`].
     pub fn gated(&self, gate: Gate, gate_up: MetalSlice<'_>, cols: usize, out: MetalSlice<'_>) -> Result<()> {
         const OP: &str = "gated activation";
-        if cols == 0 || !out.len().is_multiple_of(cols) || gate_up.len() != 2 * out.len() {
-            let reason = format!("{} elements in rows of 2 · {cols} into {}", gate_up.len(), out.len());
-            return Err(shape(OP, reason));
-        }
-        for (first, count) in groups(out.len() / cols, MAX_GRID_YZ) {
+        let tokens = gated_tokens(OP, gate_up.len(), cols, out.len())?;
+        for (first, count) in groups(tokens, MAX_GRID_YZ) {
             let (from, to) = (gate_up.slice(2 * first * cols..), out.slice(first * cols..));
             let (tokens, n) = (int(OP, "tokens", count)?, int(OP, "columns", cols)?);
             let launch = Launch::new("bitnet_gated", (cols.div_ceil(plan::THREADS), count, 1), plan::THREADS)
@@ -90,21 +83,9 @@ impl Metal {
     }
 }
 
-/// Cuts `total` into runs of up to `most`: first and count of each.
-pub(super) fn groups(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..total).step_by(most).map(move |first| (first, most.min(total - first)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::kernels::kernel;
-    use super::groups;
-
-    #[test]
-    fn groups_cover_all() {
-        assert_eq!(groups(0, 8).count(), 0);
-        assert_eq!(groups(17, 8).collect::<Vec<_>>(), [(0, 8), (8, 8), (16, 1)]);
-    }
 
     #[test]
     fn kernels_are_there() {

@@ -1,15 +1,11 @@
 //! Grids, threads and threadgroup memory, by the formulas of `kernels/README.md`.
 
-use super::kernels::{MAX_THREADGROUP_MEMORY, form};
+use super::kernels::MAX_THREADGROUP_MEMORY;
+pub(super) use crate::backend::gpu::plan::{
+    DECODE_TOKENS, THREADS, decode_attention_blocks, decode_attention_shared, padded, row_tiles,
+};
+use crate::backend::gpu::plan::{form, k_tiles};
 
-/// Columns of a tile of packed weights.
-pub(super) const TILE_COLS: usize = 256;
-/// Bytes of a tile.
-pub(super) const TILE_BYTES: usize = 1024;
-/// Most tokens of one decode product.
-pub(super) const DECODE_TOKENS: usize = 8;
-/// Threads of most kernels.
-pub(super) const THREADS: usize = 256;
 /// Threadgroup memory of the norms.
 pub(super) const NORM_MEMORY: usize = 128;
 /// Threadgroups of a decode product for each core: of the forms that quantise the input themselves, and of the others.
@@ -21,29 +17,9 @@ const MAX_SPLITS: usize = 64;
 /// Threadgroups for each core that attention is cut into.
 const ATTENTION_PER_CORE: usize = 8;
 
-/// Tiles of a row of `cols` columns.
-pub(super) fn k_tiles(cols: usize) -> usize {
-    cols.div_ceil(TILE_COLS)
-}
-
-/// Codes of one token: `cols` padded to whole tiles.
-pub(super) fn padded(cols: usize) -> usize {
-    k_tiles(cols) * TILE_COLS
-}
-
 /// Scale and sums of one token's codes.
 pub(super) fn stats(cols: usize) -> usize {
     4 + 8 * k_tiles(cols)
-}
-
-/// Row tiles of a product with `n` outputs a token (pairs, for the gated form).
-pub(super) fn row_tiles(n: usize, gated: bool) -> usize {
-    n.div_ceil(if gated { 8 } else { 16 })
-}
-
-/// Bytes of a packed matrix.
-pub(super) fn packed_bytes(n: usize, cols: usize, gated: bool) -> usize {
-    row_tiles(n, gated).saturating_mul(k_tiles(cols)).saturating_mul(TILE_BYTES)
 }
 
 /// How a decode product runs.
@@ -104,16 +80,6 @@ pub(super) const ATTENTION_THREADS: usize = 128;
 /// Threadgroup memory of `bitnet_decode_combine`.
 pub(super) const COMBINE_MEMORY: usize = 512;
 
-/// Threadgroups of a decode attention for one run of one token: up to 4 query heads each.
-pub(super) fn decode_attention_groups(heads: usize, kv_heads: usize) -> usize {
-    kv_heads * (heads / kv_heads.max(1)).div_ceil(4)
-}
-
-/// Threadgroup memory of `bitnet_decode_attention_*`.
-pub(super) fn decode_attention_memory(head_dim: usize) -> usize {
-    (6 * head_dim + 2320) * 4
-}
-
 /// Runs that a decode attention cuts each sequence into: enough to fill the GPU, none shorter than is worth it.
 pub(super) fn splits(cores: usize, longest: usize, groups: usize) -> usize {
     let wanted = (cores * ATTENTION_PER_CORE).div_ceil(groups.max(1));
@@ -144,15 +110,6 @@ pub(super) fn prefill_attention(head_dim: usize) -> Prefill {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn packed_sizes() {
-        // 2B-4T: qkv [3840, 2560], gate/up of 6912 pairs.
-        assert_eq!(packed_bytes(3840, 2560, false), 3840 * 2560 / 4);
-        assert_eq!(packed_bytes(6912, 2560, true), 2 * 6912 * 2560 / 4);
-        assert_eq!(packed_bytes(17, 257, false), 2 * 2 * 1024);
-        assert_eq!((padded(1), padded(256), padded(257), stats(257)), (256, 256, 512, 20));
-    }
 
     #[test]
     fn decode_products_fit() {
@@ -187,8 +144,8 @@ mod tests {
 
     #[test]
     fn attention_shapes() {
-        assert_eq!((decode_attention_groups(20, 5), decode_attention_groups(20, 4)), (5, 8));
-        assert!(decode_attention_memory(256) <= MAX_THREADGROUP_MEMORY);
+        assert_eq!(stats(257), 20);
+        assert!(decode_attention_shared(256) <= MAX_THREADGROUP_MEMORY);
         assert_eq!([1, 32, 33, 100_000].map(|n| splits(12, n, 5)), [1, 1, 2, 20]);
         assert_eq!((splits(64, 100_000, 1), splits(12, 100_000, 1000), splits(12, 0, 0)), (64, 1, 1));
         let forms = [4, 64, 68, 128, 132, 256].map(|d| prefill_attention(d).form);

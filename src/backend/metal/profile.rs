@@ -3,27 +3,14 @@
 
 use super::Metal;
 use crate::Result;
-use std::collections::BTreeMap;
+use crate::backend::gpu::profile::{KernelTime, Totals};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-
-/// What all launches of a kernel took.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MetalKernelTime {
-    /// The kernel's name.
-    pub kernel: &'static str,
-    /// Launches.
-    pub launches: usize,
-    /// Seconds on the device, all launches together.
-    pub seconds: f64,
-    /// Bytes of memory that they had to move.
-    pub bytes: usize,
-}
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[derive(Default)]
 pub(super) struct Profile {
     on: AtomicBool,
-    totals: Mutex<BTreeMap<&'static str, MetalKernelTime>>,
+    totals: Mutex<Totals>,
 }
 
 impl Profile {
@@ -33,12 +20,11 @@ impl Profile {
 
     /// Counts a launch.
     pub(super) fn add(&self, kernel: &'static str, bytes: usize, seconds: f64) {
-        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        let none = MetalKernelTime { kernel, launches: 0, seconds: 0.0, bytes: 0 };
-        let total = totals.entry(kernel).or_insert(none);
-        total.launches += 1;
-        total.seconds += seconds;
-        total.bytes += bytes;
+        self.totals().add(kernel, bytes, seconds);
+    }
+
+    fn totals(&self) -> MutexGuard<'_, Totals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -52,11 +38,8 @@ impl Metal {
     ///
     /// # Errors
     /// [`crate::Error::Device`] for what went wrong on the device.
-    pub fn take_profile(&self) -> Result<Vec<MetalKernelTime>> {
+    pub fn take_profile(&self) -> Result<Vec<KernelTime>> {
         self.synchronize()?;
-        let mut totals = self.profile.totals.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut times: Vec<_> = std::mem::take(&mut *totals).into_values().collect();
-        times.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-        Ok(times)
+        Ok(self.profile.totals().take())
     }
 }

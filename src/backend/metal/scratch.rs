@@ -2,8 +2,9 @@
 //!
 //! Whoever launches kernels over it holds the lock until the last of them is launched; the tracking of hazards does the rest.
 
-use super::{Metal, MetalBuffer, MetalSlice, failure};
+use super::{Metal, MetalBuffer, MetalSlice};
 use crate::Result;
+use crate::backend::gpu::Kept;
 use bytemuck::Pod;
 
 /// All kept memory of a [`Metal`].
@@ -24,13 +25,7 @@ pub(super) struct Scratch {
 }
 
 /// Memory that grows.
-pub(super) struct Buffer<T>(Option<MetalBuffer<T>>);
-
-impl<T> Default for Buffer<T> {
-    fn default() -> Self {
-        Self(None)
-    }
-}
+pub(super) type Buffer<T> = Kept<MetalBuffer<T>>;
 
 impl<T: Pod> Buffer<T> {
     /// The memory, `len` elements or more, with nothing kept when it grows.
@@ -38,32 +33,12 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// [`crate::Error::Unavailable`] if memory is short.
     pub(super) fn at_least(&mut self, metal: &Metal, len: usize, what: &str) -> Result<&mut MetalBuffer<T>> {
-        if self.0.as_ref().is_none_or(|m| m.len() < len) {
-            // The old memory first, after the kernels that still use it.
-            metal.settle()?;
-            self.0 = None;
-            self.0 = Some(metal.zeroed(grown(len), what)?);
-        }
-        self.0.as_mut().ok_or_else(|| failure::unavailable(what, "it was not allocated"))
+        // Kernels that still use the old memory must end before it goes.
+        self.grown(len, what, || metal.settle(), |len| metal.zeroed(len, what))
     }
 
     /// The first `len` elements; see [`Buffer::at_least`].
     pub(super) fn first(&mut self, metal: &Metal, len: usize, what: &str) -> Result<MetalSlice<'_, T>> {
         Ok(self.at_least(metal, len, what)?.slice(..len))
-    }
-}
-
-/// A little more than is needed, so that growing prompts do not move it every time.
-fn grown(len: usize) -> usize {
-    len.saturating_add(len / 4).max(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn growth_is_bounded() {
-        assert_eq!(super::grown(0), 1024);
-        assert_eq!(super::grown(4000), 5000);
-        assert_eq!(super::grown(usize::MAX), usize::MAX);
     }
 }

@@ -1,11 +1,10 @@
 //! Every kernel on the device against the CPU's portable kernels, for a machine where that was never tried:
 //! `bitnet doctor --device metal --self-test`.
 
-use super::{
-    Metal, MetalBatch, MetalDense, MetalKv, MetalLowRank, MetalMark, MetalRope, MetalSampler, MetalSampling, kernels,
-};
+use super::{Metal, MetalBatch, MetalDense, MetalKv, MetalLowRank, MetalRope, MetalSampler, kernels};
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions, Gate, KernelKind, OutputColumns};
+use crate::backend::gpu::{MarkUpdate, SampleSettings};
 use crate::backend::{Arrangement, DenseType};
 use crate::ternary::{PackedTernary, Scale};
 use crate::{Error, Result};
@@ -350,10 +349,10 @@ impl Suite<'_> {
             sampler.draw(metal, memory.as_slice())?;
             expect(sampler.ids(metal)?, &|ids| ids == [17, 999, -1], "the largest logits")?;
         }
-        let warm = MetalSampling { temperature: 1.0, top_k: 2, seed: 5, ..MetalSampling::default() };
+        let warm = SampleSettings { temperature: 1.0, top_k: 2, seed: 5, ..SampleSettings::default() };
         let mut drawn = Vec::new();
         for draw in 0..12 {
-            let two = [MetalSampling { draw, ..warm }, MetalSampling { draw, top_p: 0.001, ..warm }];
+            let two = [SampleSettings { draw, ..warm }, SampleSettings { draw, top_p: 0.001, ..warm }];
             sampler.set(metal, &two)?;
             sampler.draw(metal, memory.slice(..2 * vocab))?;
             let ids = sampler.ids(metal)?;
@@ -362,9 +361,9 @@ impl Suite<'_> {
         }
         expect(drawn, &|ids| ids.contains(&17) && ids.contains(&18), "equal logits are both drawn")?;
         // The best two of row 0 have been in the answer, twice and once.
-        let penalties = MetalSampling { presence: 1.0, frequency: 0.5, slot: 2, ..MetalSampling::default() };
-        let mark = |token, times: u32| MetalMark { slot: 2, token, mark: 1 << 31 | times };
-        sampler.mark(metal, &[mark(17, 2), mark(18, 1), MetalMark { slot: -1, token: 9999, mark: 1 }])?;
+        let penalties = SampleSettings { presence: 1.0, frequency: 0.5, slot: 2, ..SampleSettings::default() };
+        let mark = |token, times: u32| MarkUpdate { slot: 2, token, mark: 1 << 31 | times };
+        sampler.mark(metal, &[mark(17, 2), mark(18, 1), MarkUpdate { slot: -1, token: 9999, mark: 1 }])?;
         sampler.set(metal, &[penalties])?;
         sampler.draw(metal, memory.slice(..vocab))?;
         expect(sampler.ids(metal)?, &|ids| ids == [18], "penalties")?;

@@ -2,6 +2,7 @@
 //! `BITNET_METAL_EMULATOR` naming its library); without either the tests say so and pass.
 
 use super::*;
+use crate::Error;
 use crate::backend::attention::{AttentionShape, RopeTable, RowPosition};
 use crate::backend::{Arrangement, DenseType};
 use crate::ternary::{PackedTernary, Scale};
