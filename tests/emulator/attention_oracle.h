@@ -108,4 +108,81 @@ void check_cache(const Setup& s, const std::vector<uint8_t>& got, const std::vec
     }
 }
 
+// What attention is given: some tokens over a cache.
+struct AttentionCase {
+    Setup s;
+    std::vector<float> cos, sin, qkv;
+    std::vector<uint8_t> k, v;
+    std::vector<int> positions, slots, starts{0};
+    int longest = 0;  // most tokens of a sequence
+
+    int tokens() const { return int(positions.size()); }
+
+   private:
+    AttentionCase(Random& r, const Setup& s_) : s(s_) {
+        tables(r, s, cos, sin);
+        k = cache_of(r, s), v = cache_of(r, s);
+    }
+    void draw_qkv(Random& r) { qkv = normals(r, size_t(tokens()) * (s.heads + 2 * s.kv_heads) * s.d); }
+
+   public:
+    // One token of each of some slots.
+    static AttentionCase decode(Random& r, const Setup& s, int tokens, int splits) {
+        start_case("decode heads " + std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " d " + std::to_string(s.d) + " max " + std::to_string(s.max_positions) + " splits " + std::to_string(splits) + " cache " + std::to_string(s.cache));
+        AttentionCase c(r, s);
+        c.slots.resize(s.slots), c.positions.resize(tokens);
+        for (int i = 0; i < s.slots; ++i) c.slots[i] = i;
+        for (int i = 0; i < s.slots; ++i) std::swap(c.slots[i], c.slots[r.below(s.slots)]);
+        c.slots.resize(tokens);
+        for (int& p : c.positions) p = r.below(4) ? r.below(s.max_positions) : s.max_positions - 1;
+        c.draw_qkv(r);
+        return c;
+    }
+    // Sequences of as many tokens as `count` says.
+    template <class F>
+    static AttentionCase prefill(Random& r, const Setup& s, int sequences, F count) {
+        start_case("prefill heads " + std::to_string(s.heads) + "/" + std::to_string(s.kv_heads) + " d " + std::to_string(s.d) + " sequences " + std::to_string(sequences) + " cache " + std::to_string(s.cache));
+        AttentionCase c(r, s);
+        for (int i = 0; i < sequences; ++i) {
+            int n = count(), first = r.below(s.max_positions - n + 1);
+            c.longest = std::max(c.longest, n);
+            for (int t = 0; t < n; ++t) c.positions.push_back(first + t), c.slots.push_back(sequences - 1 - i);
+            c.starts.push_back(c.tokens());
+        }
+        c.draw_qkv(r);
+        return c;
+    }
+};
+
+// The same in device memory, and the output.
+struct OnDevice {
+    Buffer<float> qkv, cos, sin, out;
+    Buffer<uint8_t> k, v;
+    Buffer<int> positions, slots, starts;
+    explicit OnDevice(const AttentionCase& c)
+        : qkv(c.qkv), cos(c.cos), sin(c.sin), out(size_t(c.tokens()) * c.s.heads * c.s.d), k(c.k), v(c.v), positions(c.positions), slots(c.slots), starts(c.starts) {}
+};
+
+// Output and cache afterwards; the cache that is attended to is the device's, as it was rounded there.
+void check_attention(const AttentionCase& c, const OnDevice& on, double tolerance) {
+    const Setup& s = c.s;
+    auto k = on.k.host(), v = on.v.host();
+    std::vector<double> want, want_k(k.size() / s.element()), want_v(want_k.size());
+    std::vector<uint8_t> written(want_k.size());
+    for (int t = 0; t < c.tokens(); ++t) {
+        auto row = rotated_row(s, &c.qkv[size_t(t) * (s.heads + 2 * s.kv_heads) * s.d], c.positions[t], c.cos, c.sin);
+        for (int kv = 0; kv < s.kv_heads; ++kv)
+            for (int i = 0; i < s.d; ++i) {
+                size_t at = s.at(c.slots[t], c.positions[t], kv) + i;
+                written[at] = 1;
+                want_k[at] = row[(s.heads + kv) * s.d + i];
+                want_v[at] = row[(s.heads + s.kv_heads + kv) * s.d + i];
+            }
+        attend(s, row, c.slots[t], c.positions[t] + 1, k, v, want);
+    }
+    check_cache(s, k, c.k, want_k, written, "k");
+    check_cache(s, v, c.v, want_v, written, "v");
+    check_close(on.out.host(), want, tolerance, 1e-6, "attention");
+}
+
 }  // namespace

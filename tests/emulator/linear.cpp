@@ -12,13 +12,6 @@ using namespace oracle;
 
 namespace {
 
-constexpr int kRepeat =
-#ifdef BITNET_EMULATOR
-    1;
-#else
-    3;
-#endif
-
 void pack_on_device(Buffer<unsigned>& packed, const Ternary& t, int row0, int map) {
     Buffer<uint8_t> codes(t.codes);
     long words = long(t.rows) * ((t.cols + 255) / 256) * 16;
@@ -30,13 +23,7 @@ void pack_suite() {
     for (int n = 0; n < 150 * kRepeat; n += thinning()) {
         vary_order(r);
         int cols = odd_k(r), rows = r.between(1, 40), row0 = r.below(37), map = r.below(3);
-        start_case("pack rows " + std::to_string(rows) + " cols " + std::to_string(cols) + " row0 " + std::to_string(row0) + " map " + std::to_string(map));
-        Ternary t = ternary(r, rows, cols);
-        int total = map ? (rows + 7) / 8 * 16 : (row0 + rows + 15) / 16 * 16;
-        std::vector<unsigned> zero(size_t(total) * ((cols + 255) / 256) * 16, 0);
-        Buffer<unsigned> packed(zero);
-        pack_on_device(packed, t, row0, map);
-        check_equal(packed.host(), pack_reference(t, row0, map, zero), "word");
+        pack_case(r, rows, cols, row0, map);
     }
 }
 
@@ -105,23 +92,10 @@ void norm_suite() {
     }
 }
 
-// Two roundings instead of one would leave a third of them aside.
 void rounding_case() {
-    start_case("outputs are rounded once");
-    check(outputs > 0 && aside * 100000 <= outputs, "more than one output in 100 000 differs from the f64 form");
+    check_outputs_aside();
 #ifdef BITNET_EMULATOR
-    Random r(5);
-    int missed = 0;
-    for (int i = 0; i < 1000000; ++i) {
-        int acc = r.below(1 << 24) >> r.below(24);
-        if (r.below(2)) acc = -acc;
-        float sx = std::ldexp(1 + r.uniform(), r.between(-20, 23)), m = std::ldexp(1 + r.uniform(), r.between(-20, 20));
-        float got = bitnet::dequantise(acc, bitnet::factor(m, sx)), want = oracle::dequantise(acc, sx, m);
-        if (got == want) continue;
-        ++missed;
-        check(got == std::nextafter(want, INFINITY) || got == std::nextafter(want, -INFINITY), "within one unit");
-    }
-    check(missed <= 5, "one rounding in a million cases");
+    rounding_cases(Random(5), [](int acc, float sx, float m) { return bitnet::dequantise(acc, bitnet::factor(m, sx)); });
 #endif
 }
 
@@ -141,17 +115,10 @@ void gemv_suite() {
             if (k == 132104) fill = Fill::Plus, fused = false;
         }
         start_case("gemv n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue) + (fused ? " fused" : "") + " threads " + std::to_string(threads));
-        bool gated = epilogue == 2;
-        Ternary a = ternary(r, rows, k, fill), b = ternary(r, rows, k);
-        int row_tiles = gated ? (rows + 7) / 8 : (rows + 15) / 16, k_tiles = (k + 255) / 256;
-        Buffer<unsigned> packed(std::vector<unsigned>(size_t(row_tiles) * k_tiles * 256, 0));
-        pack_on_device(packed, a, 0, gated ? 1 : 0);
-        if (gated) pack_on_device(packed, b, 0, 2);
+        Product product(r, rows, k, epilogue, fill);
+        int row_tiles = product.row_tiles;
         Quantised act = quantised(r, tokens, k, r.below(4) == 0);
-        if (k == 132104) {
-            std::fill(act.q.begin(), act.q.begin() + k, int8_t(127));
-            act.qsum[0] = 127 * k;
-        }
+        saturate(act, k);
         std::vector<float> x = normals(r, size_t(tokens) * k, 3), w = normals(r, k);
         Buffer<float> xb(x), wb(w), sx(act.sx);
         Buffer<int8_t> q(act.q);
@@ -165,7 +132,7 @@ void gemv_suite() {
             LAUNCH(bitnet_norm_quantise, Grid(unsigned(tokens)), per_row, bitnet::kQuantiseScratch, xb.ptr(), nullptr, norm ? wb.ptr() : nullptr, eps, tokens, k, q.ptr(), sx.ptr(), qsum.ptr());
             act = Quantised{q.host(), sx.host(), qsum.host()};
         }
-        Scales scales = make_scales(r, rows, gated);
+        Scales scales = make_scales(r, rows, product.gated);
         int ld = rows + r.below(3);
         std::vector<float> before = normals(r, size_t(tokens) * ld);
         Buffer<float> out(before);
@@ -174,16 +141,14 @@ void gemv_suite() {
         size_t shared = size_t(tokens) * (padded(k) + 16) + per_block * 512 + 64 + bitnet::kQuantiseScratch;
         if (shared > 200 * 1024) grid = unsigned(row_tiles), shared = size_t(tokens) * (padded(k) + 16) + 512 + 64 + bitnet::kQuantiseScratch;
         GemvParams p{};
-        p.weights = reinterpret_cast<const uint4*>(packed.ptr());
+        p.weights = reinterpret_cast<const uint4*>(product.packed.ptr());
         p.norm = norm ? wb.ptr() : nullptr;
         p.x = xb.ptr(), p.q = q.ptr(), p.sx = sx.ptr(), p.qsum = qsum.ptr();
         p.out = out.ptr(), p.scales = scales, p.eps = eps, p.tokens = tokens, p.n = rows, p.k = k, p.ld_out = ld, p.activation = activation;
         auto kernel = fused ? (epilogue == 0 ? bitnet_gemv_norm : epilogue == 1 ? bitnet_gemv_norm_residual : bitnet_gemv_norm_gated)
                             : (epilogue == 0 ? bitnet_gemv : epilogue == 1 ? bitnet_gemv_residual : bitnet_gemv_gated);
         LAUNCH(kernel, Grid(grid), threads, shared, p);
-        auto got = out.host();
-        auto want = expected(a, b, act, scales, epilogue, activation, tokens, ld, before, got);
-        check_equal(got, want, "output");
+        product.check_output(act, scales, activation, tokens, ld, before, out.host());
     }
 }
 
@@ -193,14 +158,10 @@ void gemm_suite() {
         vary_order(r);
         int k = n % 3 ? odd_k(r) : r.between(1, 300), rows = r.between(1, n % 5 ? 40 : 200), tokens = r.between(1, n % 5 == 1 ? 200 : 40);
         int epilogue = r.below(3), activation = r.below(2);
-        bool wide = r.below(3) == 0, gated = epilogue == 2;
+        bool wide = r.below(3) == 0;
         Fill fill = r.below(6) ? Fill::Random : r.pick({Fill::Zero, Fill::Plus, Fill::Minus});
         start_case("gemm n " + std::to_string(rows) + " k " + std::to_string(k) + " tokens " + std::to_string(tokens) + " epilogue " + std::to_string(epilogue) + (wide ? " wide" : ""));
-        Ternary a = ternary(r, rows, k, fill), b = ternary(r, rows, k);
-        int row_tiles = gated ? (rows + 7) / 8 : (rows + 15) / 16, k_tiles = (k + 255) / 256;
-        Buffer<unsigned> packed(std::vector<unsigned>(size_t(row_tiles) * k_tiles * 256, 0));
-        pack_on_device(packed, a, 0, gated ? 1 : 0);
-        if (gated) pack_on_device(packed, b, 0, 2);
+        Product product(r, rows, k, epilogue, fill);
         Quantised act = quantised(r, tokens, k, r.below(4) == 0);
         Buffer<float> sx(act.sx);
         Buffer<int8_t> q(act.q);
@@ -209,42 +170,25 @@ void gemm_suite() {
         std::vector<float> before = normals(r, size_t(tokens) * ld);
         Buffer<float> out(before);
         GemmParams p{};
-        p.weights = reinterpret_cast<const uint4*>(packed.ptr());
+        p.weights = reinterpret_cast<const uint4*>(product.packed.ptr());
         p.q = q.ptr(), p.sx = sx.ptr(), p.qsum = qsum.ptr(), p.out = out.ptr();
-        p.scales = make_scales(r, rows, gated);
+        p.scales = make_scales(r, rows, product.gated);
         p.tokens = tokens, p.n = rows, p.k = k, p.ld_out = ld, p.activation = activation;
         auto kernel = wide ? (epilogue == 0 ? bitnet_gemm_128 : epilogue == 1 ? bitnet_gemm_residual_128 : bitnet_gemm_gated_128)
                            : (epilogue == 0 ? bitnet_gemm_64 : epilogue == 1 ? bitnet_gemm_residual_64 : bitnet_gemm_gated_64);
         unsigned span = wide ? 128 : 64;
-        LAUNCH(kernel, Grid(unsigned(row_tiles + 7) / 8, (unsigned(tokens) + span - 1) / span), 256, size_t(2) * (8192 + span * 256), p);
-        auto got = out.host();
-        check_equal(got, expected(a, b, act, p.scales, epilogue, activation, tokens, ld, before, got), "output");
+        LAUNCH(kernel, Grid(unsigned(product.row_tiles + 7) / 8, (unsigned(tokens) + span - 1) / span), 256, size_t(2) * (8192 + span * 256), p);
+        product.check_output(act, p.scales, activation, tokens, ld, before, out.host());
     }
 }
 
-// The activation alone, and columns of a wider row.
 void columns_suite() {
     Random r(6);
     for (int n = 0; n < 60 * kRepeat; n += thinning()) {
         vary_order(r);
-        int width = r.below(4) ? r.between(1, 300) : r.pick({255, 256, 257, 1000}), tokens = r.between(1, 5), activation = r.below(2), add = r.below(2);
-        int ld = width + r.below(40), first = r.below(ld - width + 1);
-        start_case("columns n " + std::to_string(width) + " tokens " + std::to_string(tokens) + " ld " + std::to_string(ld) + (add ? " add" : ""));
-        std::vector<float> gate_up = normals(r, size_t(tokens) * 2 * width, 3), before = normals(r, size_t(tokens) * ld), want, placed = before;
-        Buffer<float> in(gate_up), out(size_t(tokens) * width), wide(before);
-        Grid grid(unsigned(width + 255) / 256, unsigned(tokens));
-        LAUNCH(bitnet_gated, grid, 256, 0, in.ptr(), out.ptr(), tokens, width, activation);
-        auto got = out.host();
-        LAUNCH(bitnet_place, grid, 256, 0, out.ptr(), wide.ptr() + first, tokens, width, ld, add);
-        for (int t = 0; t < tokens; ++t)
-            for (int i = 0; i < width; ++i) {
-                float g = got[size_t(t) * width + i], y = oracle::gated(gate_up[size_t(t) * 2 * width + i], gate_up[size_t(t) * 2 * width + width + i], activation);
-                want.push_back(activation == 1 && std::fabs(g - y) <= 1e-6f * std::fabs(y) + 1e-30f ? g : y);
-                float& p = placed[size_t(t) * ld + first + i];
-                p = add ? p + g : g;
-            }
-        check_equal(got, want, "gated");
-        check_equal(wide.host(), placed, "placed");
+        columns_case(
+            r, 5, [](Grid grid, float* in, float* out, int tokens, int width, int activation) { LAUNCH(bitnet_gated, grid, 256, 0, in, out, tokens, width, activation); },
+            [](Grid grid, float* in, float* out, int tokens, int width, int ld, int add) { LAUNCH(bitnet_place, grid, 256, 0, in, out, tokens, width, ld, add); });
     }
 }
 
