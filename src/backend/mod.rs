@@ -1,7 +1,7 @@
 //! What a device can do: packed weights, kernels, caches. Knows nothing of models and files.
 //!
-//! `cpu` holds the kernels of this CPU, `cuda` those of NVIDIA GPUs, `metal` those of Apple GPUs, `gpu` what the latter two have in
-//! common; the device and its kernel are chosen once, in `select`.
+//! `cpu` holds the kernels of this CPU, `cuda` those of NVIDIA GPUs, `metal` those of Apple GPUs, `gpu` what the
+//! latter two have in common; the device and its kernel are chosen once, in `select`.
 //! What lies on a device (weights, caches, batches) is an enum with a variant for each kind. All `unsafe` code of the crate
 //! is in this room.
 

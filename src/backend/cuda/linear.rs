@@ -59,8 +59,8 @@ impl Cuda {
         self.product("norm_linear", weight, x, norm, out, first_column, width, Epilogue::adds(add))
     }
 
-    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a [`crate::backend::Arrangement::GateUp`] weight
-    /// of 2 · n rows; input and norm as in [`Cuda::norm_linear`].
+    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a
+    /// [`crate::backend::Arrangement::GateUp`] weight of 2 · n rows; input and norm as in [`Cuda::norm_linear`].
     ///
     /// # Errors
     /// As [`Cuda::norm_linear`].

@@ -52,6 +52,17 @@ fn prefill_kernels(dtype: DenseType) -> [&'static str; 3] {
     }
 }
 
+/// One layer's attention, checked.
+struct Operands<'a> {
+    heads: AttentionShape,
+    qkv: MetalSlice<'a>,
+    batch: &'a MetalBatch,
+    rope: &'a MetalRope,
+    kv: &'a MetalKv,
+    out: MetalSlice<'a>,
+    sizes: Attention,
+}
+
 impl Metal {
     /// Rotates queries and keys of f32 `qkv` `[tokens, q | k | v]`, appends keys and values to the cache, and attends to
     /// positions 0 … each token's own: f32 `out` `[tokens, heads · head_dim]`.
@@ -59,8 +70,8 @@ impl Metal {
     /// `qkv` is scratch: a prefill rotates its queries in place, so its contents are not to be used afterwards.
     ///
     /// # Errors
-    /// [`crate::Error::ContextFull`] for a position outside the cache or the table, [`crate::Error::Shape`] for operands that do not
-    /// fit, [`crate::Error::Device`] for what fails on the device.
+    /// [`crate::Error::ContextFull`] for a position outside the cache or the table, [`crate::Error::Shape`] for operands that
+    /// do not fit, [`crate::Error::Device`] for what fails on the device.
     pub fn attention(
         &self,
         heads: AttentionShape,
@@ -75,24 +86,13 @@ impl Metal {
             return Ok(());
         }
         aligned("attention", [qkv, out])?;
-        match batch.decode() {
-            true => self.decode_attention(heads, qkv, batch, rope, kv, out, sizes),
-            false => self.prefill_attention(heads, qkv, batch, rope, kv, out, sizes),
-        }
+        let operands = Operands { heads, qkv, batch, rope, kv, out, sizes };
+        if batch.decode() { self.decode_attention(operands) } else { self.prefill_attention(operands) }
     }
 
-    /// One token of each sequence; operands were checked.
-    #[allow(clippy::too_many_arguments)]
-    fn decode_attention(
-        &self,
-        heads: AttentionShape,
-        qkv: MetalSlice<'_>,
-        batch: &MetalBatch,
-        rope: &MetalRope,
-        kv: &mut MetalKv,
-        out: MetalSlice<'_>,
-        sizes: Attention,
-    ) -> Result<()> {
+    /// One token of each sequence.
+    fn decode_attention(&self, o: Operands<'_>) -> Result<()> {
+        let Operands { heads, qkv, batch, rope, kv, out, sizes } = o;
         let (tokens, extent) = (batch.len(), batch.extent());
         let groups = plan::decode_attention_blocks(heads.heads, heads.kv_heads);
         let splits = plan::splits(self.chip.cores(), extent.longest, groups * tokens);
@@ -130,18 +130,9 @@ impl Metal {
         unsafe { self.launch(launch, &[partial.input(), positions.input(), out.output()], &sizes) }
     }
 
-    /// Any tokens; operands were checked.
-    #[allow(clippy::too_many_arguments)]
-    fn prefill_attention(
-        &self,
-        heads: AttentionShape,
-        qkv: MetalSlice<'_>,
-        batch: &MetalBatch,
-        rope: &MetalRope,
-        kv: &mut MetalKv,
-        out: MetalSlice<'_>,
-        sizes: Attention,
-    ) -> Result<()> {
+    /// Any tokens.
+    fn prefill_attention(&self, o: Operands<'_>) -> Result<()> {
+        let Operands { heads, qkv, batch, rope, kv, out, sizes } = o;
         let (tokens, extent) = (batch.len(), batch.extent());
         let [positions, slots, starts] = batch.row_slices();
         let (keys, values) = (kv.keys.as_slice(), kv.values.as_slice());

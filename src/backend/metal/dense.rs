@@ -134,8 +134,8 @@ impl Metal {
     /// Rows `rows` of f32 `x` `[tokens, cols]`: f32 `[rows.len(), cols]`.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for a row that is not there or an output that does not fit, [`crate::Error::Device`] for what fails
-    /// on the device.
+    /// [`crate::Error::Shape`] for a row that is not there or an output that does not fit, [`crate::Error::Device`] for what
+    /// fails on the device.
     pub fn select_rows(&self, x: MetalSlice<'_>, cols: usize, rows: &[u32], out: MetalSlice<'_>) -> Result<()> {
         let (numbers, tokens) = dense::selected(x.len(), cols, rows, out.len())?;
         // Memory of their own: kernels of the step before may still read the last ones.

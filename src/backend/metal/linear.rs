@@ -81,8 +81,8 @@ impl Metal {
         self.product("norm_linear", weight, x, norm, out, first_column, width, Epilogue::adds(add))
     }
 
-    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a [`crate::backend::Arrangement::GateUp`] weight
-    /// of 2 · n rows; input and norm as in [`Metal::norm_linear`].
+    /// `act(gate) · up` in f32 `[tokens, n]`, gate and up being the products of a
+    /// [`crate::backend::Arrangement::GateUp`] weight of 2 · n rows; input and norm as in [`Metal::norm_linear`].
     ///
     /// # Errors
     /// As [`Metal::norm_linear`].

@@ -31,7 +31,8 @@ impl MetalSampler {
     /// A sampler that takes the largest logit of each of up to `rows` rows of `vocab`.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] for no row or a vocabulary of none or more than 2^24, [`crate::Error::Unavailable`] if memory is short.
+    /// [`crate::Error::Shape`] for no row or a vocabulary of none or more than 2^24, [`crate::Error::Unavailable`] if memory
+    /// is short.
     pub fn new(metal: &Metal, rows: usize, vocab: usize) -> Result<Self> {
         let (draws, what) = (Draws::new(rows, vocab)?, "sampling");
         Ok(Self {
