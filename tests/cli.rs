@@ -22,6 +22,9 @@ mod finetune;
 mod generate;
 #[path = "cli/gguf.rs"]
 mod gguf;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+#[path = "cli/gpu.rs"]
+mod gpu;
 #[path = "cli/head.rs"]
 mod head;
 #[path = "cli/hostile.rs"]
