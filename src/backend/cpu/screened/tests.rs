@@ -164,7 +164,7 @@ fn the_probable_bound_fails_as_rarely_as_it_says() {
             let scale = 0.5f32;
             let values: Vec<f32> =
                 (0..rows * cols).map(|_| (random.next() % 14) as f32 * scale - 6.5 * scale - 0.25).collect();
-            let x: Vec<f32> = (0..cols).map(|_| if random.next() % 2 == 0 { 1.0 } else { -1.0 }).collect();
+            let x: Vec<f32> = (0..cols).map(|_| if random.next().is_multiple_of(2) { 1.0 } else { -1.0 }).collect();
             let h = head(DenseType::F32, rows, cols, |r, c| if c == 0 { 7.5 * scale } else { values[r * cols + c] });
             let isa = Isa::best();
             let mut seed = [0; 32];
