@@ -87,16 +87,21 @@ pub struct AlignedBuffer {
 
 impl AlignedBuffer {
     /// Allocates `len` zero bytes on huge pages where the system gives them: for what is written whole and read in a
-    /// stream. Only whole 2 MiB pages are asked for; the tail stays on small pages, so that nothing resident is wasted.
+    /// stream. A tail of less than half a page of 2 MiB stays on small pages, so that little resident is wasted.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the system refuses the memory.
     pub fn huge(len: usize) -> Result<Self> {
-        let buffer = Self::zeroed(len)?;
+        let pages = len / HUGE_PAGE + usize::from(len % HUGE_PAGE >= HUGE_PAGE / 2);
+        if pages == 0 {
+            return Self::zeroed(len);
+        }
+        // Room for the last page to be whole.
+        let buffer = Self { len, ..Self::zeroed(len.max(pages * HUGE_PAGE))? };
         #[cfg(target_os = "linux")]
-        if len >= HUGE_PAGE {
+        {
             // Advice only: without huge pages everything works, slower.
-            let _ = buffer.map.advise_range(memmap2::Advice::HugePage, buffer.start, len / HUGE_PAGE * HUGE_PAGE);
+            let _ = buffer.map.advise_range(memmap2::Advice::HugePage, buffer.start, pages * HUGE_PAGE);
         }
         Ok(buffer)
     }

@@ -164,8 +164,8 @@ impl KernelKind {
     /// All kernels, fastest first within an architecture.
     pub const ALL: [Self; 8] = [
         Self::AmxInt8,
-        Self::Avx512Vnni,
         Self::Avx512Vbmi,
+        Self::Avx512Vnni,
         Self::AvxVnni,
         Self::Avx2,
         Self::NeonDotprod,
