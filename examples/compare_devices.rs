@@ -5,7 +5,7 @@
 //! MODEL is a hub id, a directory, a GGUF file or `builtin`, the default; shapes without a file are `synthetic:2b4t`. The
 //! chart is `compare_devices.svg` unless another file is named. `bitnet compare` is the same with flags.
 
-use candle_bitnet::bench::{BenchModel, Contender, Narrowed, compare};
+use candle_bitnet::bench::{BenchModel, Contender, Narrowed, Workload, compare};
 use candle_bitnet::checkpoint::ModelFiles;
 use candle_bitnet::checkpoint::hub::HubOptions;
 use candle_bitnet::{LoadOptions, Result};
@@ -23,8 +23,9 @@ fn main() -> Result<()> {
     };
     // Any prompt does for speed; these are token ids that every vocabulary has.
     let prompt: Vec<u32> = (1..=64).collect();
+    let work = Workload { prompt: &prompt, decode_tokens: 32, reps: 2 };
     let contenders = Contender::all(Narrowed::default())?;
-    let compared = compare(&model, &LoadOptions::new(&Device::Cpu), &contenders, &prompt, (32, 2), |entry| {
+    let compared = compare(&model, &LoadOptions::new(&Device::Cpu), &contenders, work, |entry| {
         eprintln!("{}: {}", entry.flags, if entry.report.is_some() { "done" } else { "failed" });
     })?;
     println!("{}", compared.describe());

@@ -36,6 +36,17 @@ pub struct Narrowed {
     pub threads: Option<usize>,
 }
 
+/// What each contender does.
+#[derive(Debug, Clone, Copy)]
+pub struct Workload<'a> {
+    /// Tokens that are read.
+    pub prompt: &'a [u32],
+    /// Tokens that follow it.
+    pub decode_tokens: usize,
+    /// Repetitions of each measurement.
+    pub reps: usize,
+}
+
 impl Contender {
     /// Everything that is here, as far as `narrowed` leaves it: the GPUs whose kernels are built in, every kernel of this CPU
     /// with all its cores, and its fastest kernel with fewer and more threads.
@@ -138,7 +149,7 @@ pub struct Comparison {
     pub recommendation: String,
 }
 
-/// Runs each contender on the same prompt, one after the other, each with the model loaded for it; `done` is told each
+/// Runs each contender on the same work, one after the other, each with the model loaded for it; `done` is told each
 /// entry. One that fails says so and does not stop the others.
 ///
 /// # Errors
@@ -147,10 +158,10 @@ pub fn compare(
     model: &BenchModel,
     options: &LoadOptions,
     contenders: &[Contender],
-    prompt: &[u32],
-    (decode_tokens, reps): (usize, usize),
+    work: Workload<'_>,
     mut done: impl FnMut(&Entry),
 ) -> Result<Comparison> {
+    let Workload { prompt, decode_tokens, reps } = work;
     let plan = Plan { pp: prompt.len(), tg: decode_tokens, batch: 1, reps, profile: false };
     plan.check()?;
     let mut entries: Vec<Entry> = Vec::new();

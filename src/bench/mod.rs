@@ -17,7 +17,7 @@ mod sweep;
 pub use against::{Server, Streamed};
 pub use axes::{Axis, SweepAxes};
 pub use baseline::{Baseline, BaselineType};
-pub use compare::{Comparison, Contender, Entry, Narrowed, compare};
+pub use compare::{Comparison, Contender, Entry, Narrowed, Workload, compare};
 pub use energy::{EnergyCounters, EnergyReading, POWERCAP};
 pub use measure::{MAX_BATCH, MAX_REPS, Plan, measure};
 pub use model::BenchModel;

@@ -5,7 +5,7 @@ mod against;
 use super::model_args::{HubArgs, RunArgs, parse};
 use super::print;
 use anyhow::Result;
-use candle_bitnet::bench::{BenchModel, Comparison, Contender, Entry, MAX_REPS, Narrowed, compare};
+use candle_bitnet::bench::{BenchModel, Comparison, Contender, Entry, MAX_REPS, Narrowed, Workload, compare};
 use candle_bitnet::checkpoint::{BUILTIN, ModelFiles};
 use candle_bitnet::model::config::MAX_POSITIONS;
 use candle_bitnet::ternary::I2sLayout;
@@ -139,7 +139,8 @@ fn devices(args: &Args) -> Result<()> {
     let cpu = RunArgs { device: DeviceChoice::Cpu, ..args.run.clone() };
     let options = cpu.options()?;
     let progress = std::io::stderr().is_terminal();
-    let compared = compare(&model, &options, &contenders, &prompt, (tg, args.reps), |entry| {
+    let work = Workload { prompt: &prompt, decode_tokens: tg, reps: args.reps };
+    let compared = compare(&model, &options, &contenders, work, |entry| {
         if progress {
             // Standard error may be closed; that is no reason to fail.
             let _ = writeln!(std::io::stderr(), "{}", said(entry));

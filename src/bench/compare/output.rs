@@ -189,7 +189,7 @@ impl Comparison {
 mod tests {
     use super::*;
     use crate::bench::BenchModel;
-    use crate::bench::compare::{Contender, compare};
+    use crate::bench::compare::{Contender, Workload, compare};
     use crate::checkpoint::ModelFiles;
     use crate::{DeviceChoice, LoadOptions};
     use candle_core::Device;
@@ -201,7 +201,8 @@ mod tests {
         let contenders = [cpu(1), cpu(0), cpu(2)];
         let mut told = 0;
         let options = LoadOptions::new(&Device::Cpu);
-        let compared = compare(&model, &options, &contenders, &[3, 1, 4], (2, 1), |_| told += 1).unwrap();
+        let work = Workload { prompt: &[3, 1, 4], decode_tokens: 2, reps: 1 };
+        let compared = compare(&model, &options, &contenders, work, |_| told += 1).unwrap();
         assert_eq!(told, 3);
         compared
     }
