@@ -147,6 +147,10 @@ fn run_once(args: &Args, model: &BenchModel, mut options: LoadOptions, plan: Pla
     // One model in memory at a time.
     drop(loaded);
     for dtype in &args.baseline {
+        if std::io::stderr().is_terminal() {
+            // It takes minutes. Standard error may be closed; that is no reason to fail.
+            let _ = writeln!(std::io::stderr(), "measuring the dense model in {}", dtype.name());
+        }
         let baseline = Baseline::measure(model.config(), *dtype, plan, &report)?;
         report.baselines.push(baseline);
     }
