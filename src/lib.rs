@@ -17,7 +17,7 @@
 //! ```
 //!
 //! The layer alone, for anybody's candle model, is [`nn::BitLinear`]. The rooms, from files to text:
-//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`], [`evaluate`], [`bench`].
+//! [`checkpoint`] → [`ternary`] → [`backend`] → [`ops`] → [`nn`] → [`model`] → [`generate`], [`evaluate`], [`mod@bench`].
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
