@@ -38,8 +38,10 @@ fn a_synthetic_checkpoint_is_written_once_and_runs() {
     let answer = run(&["generate", "-m", out, "-p", "Hello", "-n", "3", "--ignore-eos", "--json"]).json();
     assert_eq!(answer["generated_tokens"], 3);
     let bench = run(&["bench", "--model", out, "--pp", "4", "--tg", "2", "--reps", "1", "--json"]).json();
-    assert!(bench["bytes_per_token"].as_u64() > Some(100_000_000), "{bench}");
-    assert!(bench["resident_bytes"].as_u64() > Some(100_000_000), "{bench}");
+    // Where a screen reads less than half of the head, the mapped head is not resident beside it.
+    assert!(bench["weight_bytes"].as_u64() > Some(100_000_000), "{bench}");
+    assert!(bench["bytes_per_token"].as_u64() > Some(30_000_000), "{bench}");
+    assert!(bench["resident_bytes"].as_u64() > Some(50_000_000), "{bench}");
 }
 
 #[test]
