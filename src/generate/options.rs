@@ -61,6 +61,24 @@ pub struct SamplingParams {
     pub logprobs: bool,
 }
 
+impl SamplingParams {
+    /// The most likely token, and nothing else.
+    pub(crate) fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            logprobs: false,
+        }
+    }
+}
+
 /// A request with all values settled. Made by [`GenerateOptions::resolve`].
 #[derive(Debug, Clone)]
 pub struct GenerationParams {

@@ -80,19 +80,7 @@ impl Sampler {
     /// A sampler that takes the most likely token, whatever a checkpoint recommends.
     #[must_use]
     pub fn greedy(vocab: usize) -> Self {
-        let params = SamplingParams {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Vec::new(),
-            seed: 0,
-            logprobs: false,
-        };
-        Self::new(&params, vocab)
+        Self::new(&SamplingParams::greedy(), vocab)
     }
 
     /// Tells the sampler the prompt's tokens, which count for the repetition penalty.

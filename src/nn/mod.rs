@@ -8,10 +8,11 @@ mod low_rank;
 mod norm;
 mod output_head;
 
+pub use crate::ops::HeadReads;
 pub use bit_linear::BitLinear;
 pub use group::LinearGroup;
 pub use kv_cache::KvCache;
 pub use linear::{Linear, LinearParts, LinearWeight};
 pub use low_rank::LowRank;
 pub use norm::RmsNorm;
-pub use output_head::{HeadChoice, HeadKind, HeadReads, OutputHead};
+pub use output_head::{HeadChoice, HeadKind, OutputHead};

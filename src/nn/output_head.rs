@@ -2,7 +2,7 @@
 
 use crate::backend::cpu::{Bound, CpuInt8, CpuScreened, FAILURE, MAX_TOP};
 use crate::backend::{Backend, DenseWeight};
-use crate::ops::{self, HeadRead, Output};
+use crate::ops::{self, HeadReads, Output};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::fmt;
@@ -95,53 +95,6 @@ impl fmt::Display for HeadChoice {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Kind(kind) => kind.fmt(f),
-        }
-    }
-}
-
-/// What an output head has read since it was made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct HeadReads {
-    /// Passes, of one input or several.
-    pub passes: usize,
-    /// Stored bytes, in whichever form.
-    pub bytes: usize,
-    /// Inputs that a screen decided for.
-    pub screened: usize,
-    /// Rows of which a screen read its other bits.
-    pub refined: usize,
-    /// Rows that were computed from the stored weights because a screen could not rule them out.
-    pub rescored: usize,
-}
-
-impl HeadReads {
-    /// These and others.
-    #[must_use]
-    pub fn and(self, other: Self) -> Self {
-        Self {
-            passes: self.passes + other.passes,
-            bytes: self.bytes + other.bytes,
-            screened: self.screened + other.screened,
-            refined: self.refined + other.refined,
-            rescored: self.rescored + other.rescored,
-        }
-    }
-
-    /// A count's mean over the inputs that were screened, if there were any.
-    #[must_use]
-    pub fn screened_mean(self, count: usize) -> Option<f64> {
-        (self.screened > 0).then(|| count as f64 / self.screened as f64)
-    }
-
-    /// What came since `earlier`.
-    #[must_use]
-    pub fn since(self, earlier: Self) -> Self {
-        Self {
-            passes: self.passes - earlier.passes,
-            bytes: self.bytes - earlier.bytes,
-            screened: self.screened - earlier.screened,
-            refined: self.refined - earlier.refined,
-            rescored: self.rescored - earlier.rescored,
         }
     }
 }
@@ -276,12 +229,11 @@ impl OutputHead {
             (Form::Int8(w), _) => ops::int8_linear(backend, w, x, out)?,
             _ => {
                 ops::dense_linear(backend, &self.weight, x, Output::replace(out))?;
-                HeadRead { bytes: self.weight.bytes(), ..HeadRead::default() }
+                HeadReads { passes: 1, bytes: self.weight.bytes(), ..HeadReads::default() }
             }
         };
         let mut reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
-        let HeadRead { bytes, screened, refined, rescored } = read;
-        *reads = reads.and(HeadReads { passes: 1, bytes, screened, refined, rescored });
+        *reads = reads.and(read);
         Ok(())
     }
 }

@@ -7,17 +7,51 @@ use crate::backend::{Backend, DenseWeight};
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use std::cell::Cell;
 
-/// What a product with an output head read.
+/// What products with an output head read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct HeadRead {
-    /// Stored bytes of the head, in whichever form.
+pub struct HeadReads {
+    /// Passes, of one input or several.
+    pub passes: usize,
+    /// Stored bytes, in whichever form.
     pub bytes: usize,
-    /// Inputs that a screen decided for; the others took the whole head.
+    /// Inputs that a screen decided for.
     pub screened: usize,
     /// Rows of which a screen read its other bits.
     pub refined: usize,
     /// Rows that were computed from the stored weights because a screen could not rule them out.
     pub rescored: usize,
+}
+
+impl HeadReads {
+    /// These and others.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            passes: self.passes + other.passes,
+            bytes: self.bytes + other.bytes,
+            screened: self.screened + other.screened,
+            refined: self.refined + other.refined,
+            rescored: self.rescored + other.rescored,
+        }
+    }
+
+    /// A count's mean over the inputs that were screened, if there were any.
+    #[must_use]
+    pub fn screened_mean(self, count: usize) -> Option<f64> {
+        (self.screened > 0).then(|| count as f64 / self.screened as f64)
+    }
+
+    /// What came since `earlier`.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            passes: self.passes - earlier.passes,
+            bytes: self.bytes - earlier.bytes,
+            screened: self.screened - earlier.screened,
+            refined: self.refined - earlier.refined,
+            rescored: self.rescored - earlier.rescored,
+        }
+    }
 }
 
 /// Logits of f32 `x` `[inputs, cols]` by a screened `head`: replaces `out` `[inputs, rows]` by exactly the head's logits in
@@ -34,17 +68,17 @@ pub fn screened_linear(
     x: &Tensor,
     k: usize,
     out: &Tensor,
-) -> Result<HeadRead> {
+) -> Result<HeadReads> {
     const NAME: &str = ScreenedLinear::SCREEN;
     let (inputs, cols) = matrix(NAME, "input", x)?;
-    if (screened.rows(), screened.cols(), head.rows(), head.cols()) != (head.rows(), cols, screened.rows(), cols) {
+    if [screened.cols(), head.cols()] != [cols; 2] || screened.rows() != head.rows() {
         return Err(shape_error(
             NAME,
             format!("input [{inputs}, {cols}] for a head [{}, {}]", head.rows(), head.cols()),
         ));
     }
     expect(NAME, "output", out, inputs, head.rows())?;
-    let read = Cell::new(HeadRead::default());
+    let read = Cell::new(HeadReads::default());
     out.inplace_op2(x, &ScreenedLinear { backend, screened, head, k, read: &read })?;
     Ok(read.get())
 }
@@ -54,14 +88,15 @@ struct ScreenedLinear<'a> {
     screened: &'a CpuScreened,
     head: &'a DenseWeight,
     k: usize,
-    read: &'a Cell<HeadRead>,
+    read: &'a Cell<HeadReads>,
 }
 
 impl ScreenedLinear<'_> {
     const SCREEN: &'static str = "screen-head";
     const RESCORE: &'static str = "rescore-head";
 
-    fn one(&self, x: &[f32], out: &mut [f32]) -> Result<HeadRead> {
+    /// One input of a pass.
+    fn one(&self, x: &[f32], out: &mut [f32]) -> Result<HeadReads> {
         let Self { backend, screened, head, .. } = self;
         let weight = Some((head.rows(), head.cols()));
         let mut screen = backend.timed(Self::SCREEN, || (weight, screened.bytes()));
@@ -75,11 +110,11 @@ impl ScreenedLinear<'_> {
                 let rows = read.refined * screened.fine_row_bytes() + read.rescored * head.bytes() / head.rows();
                 rescore.iter_mut().for_each(|timer| timer.add_bytes(rows));
                 let bytes = screened.bytes() + rows;
-                Ok(HeadRead { bytes, screened: 1, refined: read.refined, rescored: read.rescored })
+                Ok(HeadReads { passes: 0, bytes, screened: 1, refined: read.refined, rescored: read.rescored })
             }
             None => {
                 backend.cpu().dense_linear(head.cpu()?, x, OutputColumns::whole(out, head.rows()))?;
-                Ok(HeadRead { bytes: head.bytes(), ..HeadRead::default() })
+                Ok(HeadReads { bytes: head.bytes(), ..HeadReads::default() })
             }
         }
     }
@@ -92,13 +127,9 @@ impl InplaceOp2 for ScreenedLinear<'_> {
 
     fn cpu_fwd(&self, out: &mut CpuStorage, lo: &Layout, x: &CpuStorage, lx: &Layout) -> candle_core::Result<()> {
         let (out, x) = (output(out, lo)?, contiguous::<f32>(x, lx)?);
-        let mut all = HeadRead::default();
+        let mut all = HeadReads { passes: 1, ..HeadReads::default() };
         for (out, x) in out.chunks_exact_mut(self.head.rows()).zip(x.chunks_exact(self.head.cols())) {
-            let read = self.one(x, out)?;
-            all.bytes += read.bytes;
-            all.screened += read.screened;
-            all.refined += read.refined;
-            all.rescored += read.rescored;
+            all = all.and(self.one(x, out)?);
         }
         self.read.set(all);
         Ok(())
@@ -110,7 +141,7 @@ impl InplaceOp2 for ScreenedLinear<'_> {
 /// # Errors
 /// [`crate::Error::Shape`] for operands that do not fit or lie elsewhere than in this machine's memory; of candle, if `out`
 /// shares its storage with `x`.
-pub fn int8_linear(backend: &Backend, head: &CpuInt8, x: &Tensor, out: &Tensor) -> Result<HeadRead> {
+pub fn int8_linear(backend: &Backend, head: &CpuInt8, x: &Tensor, out: &Tensor) -> Result<HeadReads> {
     const NAME: &str = Int8Linear::NAME;
     let (inputs, cols) = matrix(NAME, "input", x)?;
     if cols != head.cols() {
@@ -121,7 +152,7 @@ pub fn int8_linear(backend: &Backend, head: &CpuInt8, x: &Tensor, out: &Tensor) 
     }
     expect(NAME, "output", out, inputs, head.rows())?;
     out.inplace_op2(x, &Int8Linear { backend, head })?;
-    Ok(HeadRead { bytes: head.bytes(), ..HeadRead::default() })
+    Ok(HeadReads { passes: 1, bytes: head.bytes(), ..HeadReads::default() })
 }
 
 struct Int8Linear<'a> {

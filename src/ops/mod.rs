@@ -19,7 +19,7 @@ mod rows;
 
 pub use attention::{AttentionInput, attention};
 pub use dense::dense_linear;
-pub use head::{HeadRead, int8_linear, screened_linear};
+pub use head::{HeadReads, int8_linear, screened_linear};
 pub use linear::{gated_linear, norm_linear};
 pub use low_rank::low_rank;
 pub use norm::{gated, rms_norm};

@@ -296,14 +296,6 @@ impl CpuScreened {
         self.bound
     }
 
-    /// Bits that are read of each weight.
-    pub fn coarse_bits(&self) -> usize {
-        match self.bits() {
-            Bits::Four => 4,
-            Bits::Six => 6,
-        }
-    }
-
     fn bits(&self) -> Bits {
         match self.bound {
             Bound::Certain => Bits::Six,

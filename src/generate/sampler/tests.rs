@@ -5,18 +5,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn neutral() -> SamplingParams {
-    SamplingParams {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: vec![],
-        seed: 1,
-        logprobs: false,
-    }
+    SamplingParams { temperature: 1.0, seed: 1, ..SamplingParams::greedy() }
 }
 
 /// Probability of every token, and how close the closest decision about a token was.

@@ -110,9 +110,16 @@ fn portable<const LINES: usize>(tile: &[u8], high: &[i8], low: &[i8]) -> Sums {
     sums
 }
 
-/// Asks for what is read 4 KiB later; see the ternary kernels for why.
+/// Asks for the block 4 KiB later; see the ternary kernels for why.
 #[cfg(target_arch = "x86_64")]
-const PREFETCH: usize = 4096;
+#[inline(always)]
+fn prefetch<const LINES: usize>(block: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in 0..LINES {
+        // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(4096 + line * LINE).cast()) };
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
@@ -138,12 +145,10 @@ mod avx512 {
         let nibbles = [mask(0x0f0f_0f0f), mask(0xf0f0_f0f0)];
         let pairs = [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0].map(mask);
         for block in 0..blocks {
-            // SAFETY: the caller vouches for the block and its inputs; a prefetch may point anywhere.
+            // SAFETY: the caller vouches for the block and its inputs.
             unsafe {
                 let lines = tile.add(block * LINES * LINE);
-                for line in 0..LINES {
-                    _mm_prefetch::<_MM_HINT_T0>(lines.wrapping_add(PREFETCH + line * LINE).cast());
-                }
+                prefetch::<LINES>(lines);
                 let load = |line: usize| _mm512_loadu_si512(lines.add(line * LINE).cast());
                 let (a, b, c) = (load(0), load(1), if LINES == 3 { load(2) } else { zero });
                 let x = [high, low].map(|plane| plane.add(block * BLOCK_COLS).cast::<i32>());
@@ -199,12 +204,10 @@ mod avx2 {
         let mut sums = [[zero; 2]; 2];
         let (ones, nibble, pair) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15), _mm256_set1_epi8(3));
         for block in 0..blocks {
-            // SAFETY: the caller vouches for the block and its inputs; a prefetch may point anywhere.
+            // SAFETY: the caller vouches for the block and its inputs.
             unsafe {
                 let lines = tile.add(block * LINES * LINE);
-                for line in 0..LINES {
-                    _mm_prefetch::<_MM_HINT_T0>(lines.wrapping_add(PREFETCH + line * LINE).cast());
-                }
+                prefetch::<LINES>(lines);
                 let load = |line: usize, half: usize| _mm256_loadu_si256(lines.add(line * LINE + 32 * half).cast());
                 let x = [high, low].map(|plane| plane.add(block * BLOCK_COLS).cast::<i32>());
                 for half in 0..2 {

@@ -218,7 +218,8 @@ fn what_cannot_be_bounded_is_left_to_the_whole_head() {
             assert!(screened.top(isa, &pool, &h, &x, 1, &mut scratch, &mut out, || ()).is_none());
         }
         assert!(out.iter().all(|v| *v == 1.0));
-        assert!(screened.bytes() >= 20 * 5 * screened.coarse_bits() / 8);
+        let bits = if bound == Bound::Certain { 6 } else { 4 };
+        assert!(screened.bytes() >= 20 * 5 * bits / 8);
         assert_eq!(screened.resident_bytes() > screened.bytes(), bound == Bound::Certain);
         assert_eq!(screened.bound(), bound);
         // Logits that are too large for f32 in the whole head.
