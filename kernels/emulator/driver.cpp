@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 
 namespace {
 
@@ -114,6 +115,8 @@ struct Stream {
     std::deque<Work> pending;
     std::vector<Work> captured;
     bool capturing = false, spoiled = false;
+    int mode = 0;                // of the capture: 0 global, 1 thread-local, 2 relaxed
+    std::thread::id captured_by;
 
     void drain() {
         while (!pending.empty()) {
@@ -144,10 +147,18 @@ void drain_all() {
     default_stream.drain();
     for (Stream* s : streams) s->drain();
 }
+// For what waits for a whole context.
 int refuse_any() {
     for (Stream* s : streams)
         if (int r = s->refuse()) return r;
     return default_stream.refuse();
+}
+// For calls that are "potentially unsafe" during capture: whom they concern is the mode's to say.
+int refuse_unsafe() {
+    for (Stream* s : streams)
+        if (s->mode == 0 || (s->mode == 1 && s->captured_by == std::this_thread::get_id()))
+            if (int r = s->refuse()) return r;
+    return broken;
 }
 
 struct Event { std::chrono::steady_clock::time_point at; };
@@ -251,7 +262,7 @@ static void free_device(DevicePtr address) {
 }
 API cuMemAlloc_v2(DevicePtr* address, size_t bytes) {
     Hold hold(driver_mutex);
-    if (int r = refuse_any()) return r;
+    if (int r = refuse_unsafe()) return r;
     return allocate_device(address, bytes);
 }
 API cuMemAllocAsync(DevicePtr* address, size_t bytes, void* stream) {
@@ -261,7 +272,7 @@ API cuMemAllocAsync(DevicePtr* address, size_t bytes, void* stream) {
 }
 API cuMemFree_v2(DevicePtr address) {
     Hold hold(driver_mutex);
-    if (int r = refuse_any()) return r;
+    if (int r = refuse_unsafe()) return r;
     drain_all();
     free_device(address);
     return kSuccess;
@@ -436,12 +447,14 @@ API cuStreamIsCapturing(void* stream, int* status) {
     Stream& s = of(stream);
     return *status = !s.capturing ? 0 : s.spoiled ? 2 : 1, kSuccess;
 }
-API cuStreamBeginCapture_v2(void* stream, int) {
+API cuStreamBeginCapture_v2(void* stream, int mode) {
     Hold hold(driver_mutex);
     Stream& s = of(stream);
     if (&s == &default_stream || s.capturing) return kCaptureUnsupported;
     s.capturing = true;
     s.spoiled = false;
+    s.mode = mode;
+    s.captured_by = std::this_thread::get_id();
     s.captured.clear();
     return broken;
 }

@@ -5,6 +5,7 @@
 //! is, which loads kernels and brings scratch memory to its size; the second is recorded and launched; later ones are only
 //! launched. Recording fails if anything is allocated, freed or copied to the host; such a step then runs as it is.
 
+use super::open::opening_or_recording;
 use super::{Cuda, failure};
 use crate::Result;
 use candle_core::cuda_backend::cudarc::driver::CudaGraph;
@@ -144,6 +145,7 @@ impl std::fmt::Debug for Graphs {
 
 /// Records a step. The stream is out of capture again in every case.
 fn record(cuda: &Cuda, run: &mut impl FnMut() -> Result<()>) -> Result<Recorded, String> {
+    let _alone = opening_or_recording();
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     cuda.stream.begin_capture(mode).map_err(failure::text)?;
     cuda.capturing.store(true, Ordering::Relaxed);

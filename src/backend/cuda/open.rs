@@ -7,6 +7,7 @@ use candle_core::Device;
 use candle_core::cuda_backend::CudaError;
 use candle_core::cuda_backend::cudarc::driver::CudaContext;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How many GPUs the driver shows to this process; 0 without a driver.
 pub fn count() -> usize {
@@ -23,7 +24,10 @@ pub fn open(ordinal: usize) -> Result<Device> {
     if ordinal >= found {
         return Err(no_such_gpu(ordinal, found, "the driver", " (see nvidia-smi and CUDA_VISIBLE_DEVICES)"));
     }
-    let device = guarded(|| Device::new_cuda_with_stream(ordinal))?;
+    let device = {
+        let _alone = opening_or_recording();
+        guarded(|| Device::new_cuda_with_stream(ordinal))?
+    };
     let device = device.map_err(|e| failure::unavailable(format!("GPU {ordinal}"), told(&e)))?;
     if let Device::Cuda(cuda) = &device {
         // SAFETY: candle allocates, uses and frees all memory of this device in its one stream, so the order of the
@@ -31,6 +35,13 @@ pub fn open(ordinal: usize) -> Result<Device> {
         unsafe { cuda.disable_event_tracking() };
     }
     Ok(device)
+}
+
+/// Held while a GPU is opened and while a step is recorded. Opening waits for all streams of the context, which the driver
+/// refuses while one of them is being captured, whoever captures; the recording would be lost as well.
+pub(super) fn opening_or_recording() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the driver told candle, without a stack trace.

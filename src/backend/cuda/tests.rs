@@ -472,6 +472,35 @@ fn recorded_steps_are_the_steps() {
 }
 
 #[test]
+fn gpus_are_opened_while_others_record() {
+    let Some(cuda) = device() else { return };
+    let recorded = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let opened = threads.spawn(|| {
+            let mut opened = 0;
+            while !recorded.load(Ordering::Relaxed) {
+                open(0).unwrap();
+                opened += 1;
+            }
+            opened
+        });
+        let mut step = Step::new(&cuda);
+        step.batch.set(&[1, 2], &[0, 1].map(|slot| RowPosition { slot, position: 0 })).unwrap();
+        let mut graphs = Graphs::new(true);
+        for other in 0..50 {
+            let key = GraphKey { tokens: 2, bucket: 256, cache: 0, other };
+            for _ in 0..2 {
+                graphs.replay(&cuda, key, || step.run(&cuda)).unwrap();
+            }
+        }
+        recorded.store(true, Ordering::Relaxed);
+        assert_eq!(graphs.take_failure(), None);
+        assert!(opened.join().unwrap() > 0);
+    });
+    cuda.synchronize().unwrap();
+}
+
+#[test]
 fn times_and_memory_are_told() {
     let Some(cuda) = device() else { return };
     assert!(cuda.copy_bandwidth().unwrap() > 1e6);
