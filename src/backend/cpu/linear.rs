@@ -4,8 +4,9 @@ use super::isa::{Isa, per_isa};
 use super::kernel::{Line, TernaryKernel, Words};
 use super::output::OutputColumns;
 use super::pool::Pool;
+use super::prefetch;
 use super::scratch::{grown, with_scratch};
-use super::tiles::{CpuTernary, LINE_BYTES, TILE_ROWS};
+use super::tiles::{CpuTernary, LINE_BYTES, Run, TILE_ROWS};
 use crate::backend::activation::QuantizedRows;
 use crate::{Error, Result};
 
@@ -13,24 +14,30 @@ use crate::{Error, Result};
 const TASK_BYTES: usize = 128 << 10;
 /// Most tiles of one decode task.
 const TASK_TILES: usize = 16;
+/// Least prefill tasks of a thread, so that none waits long for the last one.
+const TASKS: usize = 20;
 /// Most bytes of panels in use at a time, so that they stay in the last level of the caches.
 const PANEL_BYTES: usize = 8 << 20;
 
 per_isa! {
-    /// `out = (sums − Σq) · factor`, rounded once; or that added to `out`.
+    /// `out = (sums − Σq) · factor`, rounded once; or that added to `out`. The sums are 16 of each tile, `stride` apart.
     ///
     /// Two roundings in f32 (`/ s_x`, `· scale`) would be errors of two units in the last place in queries and
     /// keys, which the softmax multiplies by the size of the scores; the f64 product also beats the division.
-    fn finish(sums: &[i32], q_sum: i32, factor: f64, add: bool, out: &mut [f32]) {
-        let value = |acc: &i32| (f64::from(acc - q_sum) * factor) as f32;
-        if add {
-            for (o, acc) in out.iter_mut().zip(sums) {
-                *o += value(acc);
+    fn finish(sums: &[i32], stride: usize, q_sum: i32, factor: f64, add: bool, out: &mut [f32]) {
+        let value = |acc: i32| (f64::from(acc - q_sum) * factor) as f32;
+        let (tiles, rest) = out.as_chunks_mut::<TILE_ROWS>();
+        let mut tile_sums = sums.chunks(stride);
+        // Whole tiles by arrays, which become whole registers.
+        for (out, sums) in tiles.iter_mut().zip(&mut tile_sums) {
+            let Some(sums) = sums.first_chunk::<TILE_ROWS>() else { return };
+            let base = if add { *out } else { [0.0; TILE_ROWS] };
+            for i in 0..TILE_ROWS {
+                out[i] = if add { base[i] + value(sums[i]) } else { value(sums[i]) };
             }
-        } else {
-            for (o, acc) in out.iter_mut().zip(sums) {
-                *o = value(acc);
-            }
+        }
+        for (out, acc) in rest.iter_mut().zip(tile_sums.next().unwrap_or_default()) {
+            *out = if add { *out + value(*acc) } else { value(*acc) };
         }
     }
 }
@@ -60,12 +67,12 @@ pub(super) fn linear(
     let (width, add) = (out.width, out.add);
     let out = out.begin("quantized linear", tokens, rows)?;
     let tile_bytes = w.groups() * LINE_BYTES;
-    // A tile's rows of token `t`: every (tile, token) is written by exactly one task.
-    let write = |t: usize, rows: &std::ops::Range<usize>, factor: f64, sums: &[i32]| {
+    // Token `t`'s rows of a run of tiles: every (tile, token) is written by exactly one task.
+    let write = |t: usize, run: &Run, sums: &[i32], stride: usize| {
         // SAFETY: rows.end <= all rows and t < tokens, so the range lies inside the output (checked by `begin`), which
         // is borrowed mutably for the whole call; ranges of different (tile, token) do not overlap.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(t * width + rows.start), rows.len()) };
-        finish(isa, &sums[..rows.len()], x.sum(t), factor, add, out);
+        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add(t * width + run.rows.start), run.rows.len()) };
+        finish(isa, sums, stride, x.sum(t), run.scale.factor(x.scale(t)), add, out);
     };
     if tokens == 1 {
         let per_task = (TASK_BYTES / tile_bytes).clamp(1, TASK_TILES);
@@ -75,9 +82,8 @@ pub(super) fn linear(
             let mut sums = [0; TASK_TILES * TILE_ROWS];
             let sums = &mut sums[..count * TILE_ROWS];
             kernel.gemv(&w.data()[first * tile_bytes..][..count * tile_bytes], w.groups(), x.readable(0), sums);
-            for (i, sums) in sums.chunks_exact(TILE_ROWS).enumerate() {
-                let (scale, rows) = w.tile_rows(first + i);
-                write(0, &rows, scale.factor(x.scale(0)), sums);
+            for run in w.runs(first..first + count) {
+                write(0, &run, &sums[(run.tiles.start - first) * TILE_ROWS..], TILE_ROWS);
             }
         });
         return Ok(());
@@ -88,7 +94,7 @@ pub(super) fn linear(
     let size = tokens.div_ceil(tokens.div_ceil(gemm.panel_tokens()));
     let (lines, block) = (gemm.panel_lines(w.groups(), size), gemm.block());
     let at_once = (PANEL_BYTES / (lines * size_of::<Line>()) / block.panels).max(1) * block.panels;
-    let tiles = block.tiles.min(w.tiles().div_ceil(4 * pool.threads())).next_multiple_of(block.tile_step);
+    let tiles = block.tiles.min(w.tiles().div_ceil(TASKS * pool.threads())).next_multiple_of(block.tile_step);
     for first in (0..tokens).step_by(at_once * size) {
         let last = tokens.min(first + at_once * size);
         let panel = grown(panel, (last - first).div_ceil(size) * lines);
@@ -107,13 +113,20 @@ pub(super) fn linear(
                     let at = first + i * block.panels * size;
                     let n = (block.panels * size).min(last - at);
                     let sums = &mut sums[..count * n * TILE_ROWS];
+                    // Every token's rows lie in another page, and have left the caches by now.
+                    for run in w.runs(first_tile..first_tile + count) {
+                        for t in at..at + n {
+                            for row in run.rows.clone().step_by(TILE_ROWS) {
+                                prefetch::to_write(out.get().wrapping_add(t * width + row));
+                            }
+                        }
+                    }
                     gemm.multiply(data, w.groups(), panels, size, n, sums);
                     // A token's rows one after the other, so that its output is written in one piece.
-                    for t in 0..n {
-                        for tile in 0..count {
-                            let (scale, rows) = w.tile_rows(first_tile + tile);
-                            let sums = &sums[(tile * n + t) * TILE_ROWS..][..TILE_ROWS];
-                            write(at + t, &rows, scale.factor(x.scale(at + t)), sums);
+                    for run in w.runs(first_tile..first_tile + count) {
+                        for t in 0..n {
+                            let at_sums = ((run.tiles.start - first_tile) * n + t) * TILE_ROWS;
+                            write(at + t, &run, &sums[at_sums..], n * TILE_ROWS);
                         }
                     }
                 }

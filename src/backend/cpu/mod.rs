@@ -17,6 +17,7 @@ mod norm;
 mod output;
 mod packing;
 mod pool;
+mod prefetch;
 mod scratch;
 mod screened;
 mod self_check;

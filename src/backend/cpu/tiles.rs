@@ -4,6 +4,7 @@ use crate::backend::host::AlignedBuffer;
 use crate::backend::layout::{Arrangement, LayoutId};
 use crate::ternary::{PackedTernary, Scale};
 use crate::{Error, Result};
+use std::ops::Range;
 
 use super::packing::Packing;
 use super::pool::Pool;
@@ -28,6 +29,17 @@ pub struct Segment {
     pub first_row: usize,
     /// Its first tile.
     pub first_tile: usize,
+}
+
+/// Tiles of one segment that follow each other.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Run {
+    /// The tiles.
+    pub tiles: Range<usize>,
+    /// Their rows in the output.
+    pub rows: Range<usize>,
+    /// The segment's scale.
+    pub scale: Scale,
 }
 
 /// One or more ternary matrices over the same input, packed for the CPU kernels.
@@ -114,7 +126,7 @@ impl CpuTernary {
     ///
     /// # Errors
     /// [`Error::Shape`] if there are no such rows or `out` is not as large as they are.
-    pub fn dequantize_rows(&self, rows: std::ops::Range<usize>, out: &mut [f32]) -> Result<()> {
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         if rows.start > rows.end || rows.end > self.rows || out.len() != rows.len() * self.cols {
             let reason = format!("{} elements for rows {rows:?} of [{}, {}]", out.len(), self.rows, self.cols);
             return Err(Error::Shape { op: "dequantize", reason });
@@ -148,12 +160,15 @@ impl CpuTernary {
         &self.data
     }
 
-    /// The segment of a tile, and the tile's rows in the output.
-    pub(super) fn tile_rows(&self, tile: usize) -> (Scale, std::ops::Range<usize>) {
-        let s = &self.segments[self.segments.partition_point(|s| s.first_tile <= tile) - 1];
-        let within = (tile - s.first_tile) * TILE_ROWS;
-        let first = s.first_row + within;
-        (s.scale, first..first + (s.rows - within).min(TILE_ROWS))
+    /// The runs of tiles `tiles` with one scale each, and their rows in the output, one after the other in both.
+    pub(super) fn runs(&self, tiles: Range<usize>) -> impl Iterator<Item = Run> {
+        let first = self.segments.partition_point(|s| s.first_tile <= tiles.start) - 1;
+        self.segments[first..].iter().take_while(move |s| s.first_tile < tiles.end).map(move |s| {
+            let start = s.first_tile.max(tiles.start);
+            let end = tiles.end.min(s.first_tile + s.rows.div_ceil(TILE_ROWS));
+            let row = |tile: usize| s.first_row + ((tile - s.first_tile) * TILE_ROWS).min(s.rows);
+            Run { tiles: start..end, rows: row(start)..row(end), scale: s.scale }
+        })
     }
 }
 
