@@ -5,18 +5,12 @@ mod tokenizer;
 use super::print;
 use anyhow::{Context, Result};
 use candle_bitnet::Error;
-use candle_bitnet::checkpoint::StoredType;
-use candle_bitnet::checkpoint::write::{DEFAULT_SHARD_BYTES, Entry, check_target, write_checkpoint, write_text};
-use candle_bitnet::model::config::{MAX_LAYERS, ModelConfig, Projection};
+use candle_bitnet::checkpoint::write::{DEFAULT_SHARD_BYTES, check_target, write_checkpoint, write_text};
+use candle_bitnet::model::config::{MAX_LAYERS, ModelConfig};
 use candle_bitnet::model::presets::{PRESETS, Preset, SyntheticWeights};
 use clap::Args as ClapArgs;
-use half::bf16;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-
-/// Bytes of an embedding that are made at a time.
-const CHUNK: usize = 4 << 20;
 
 /// Write a checkpoint with real shapes and random weights
 #[derive(Debug, Clone, ClapArgs)]
@@ -76,7 +70,7 @@ pub fn run(args: Args) -> Result<()> {
 /// Writes everything; `config.json` comes last, so that a directory with one is complete.
 fn write(config: &ModelConfig, seed: u64, out: &Path) -> Result<(usize, u64)> {
     let weights = SyntheticWeights::new(config, seed);
-    let entries = entries(&weights);
+    let entries = weights.entries();
     let total = entries.iter().map(|e| e.shape.iter().product::<usize>() as u64 * e.dtype.size() as u64).sum();
     check_space(out, total)?;
     let bar = ProgressBar::new(total).with_style(
@@ -96,51 +90,6 @@ fn write(config: &ModelConfig, seed: u64, out: &Path) -> Result<(usize, u64)> {
     }
     write_text(&out.join("config.json"), &config.to_json())?;
     Ok((files.iter().filter(|f| f.extension().is_some_and(|e| e == "safetensors")).count(), bytes))
-}
-
-/// All tensors of the model, in the order of its layers.
-fn entries(weights: &SyntheticWeights) -> Vec<Entry<'_>> {
-    let config = weights.config();
-    let mut entries = vec![dense(weights, "model.embed_tokens.weight")];
-    if !config.tied_embeddings {
-        entries.push(dense(weights, "lm_head.weight"));
-    }
-    for layer in 0..config.num_layers {
-        for which in Projection::ALL {
-            let (rows, cols) = config.projection_shape(which);
-            let name = config.projection_name(layer, which);
-            let scale = bf16::from_f32(weights.stored_scale(which)).to_le_bytes().to_vec();
-            entries.push(Entry::from_bytes(format!("{name}.weight_scale"), StoredType::BF16, [1], scale));
-            entries.push(Entry::new(format!("{name}.weight"), StoredType::U8, [rows / 4, cols], move |out| {
-                let packed = weights.linear(layer, which).and_then(|w| w.to_hf()).map_err(io::Error::other)?;
-                out.write_all(&packed)
-            }));
-        }
-        entries.extend(config.norms(layer).into_iter().map(|(name, len)| norm(weights, name, len)));
-    }
-    entries.push(norm(weights, "model.norm.weight".into(), config.hidden_size));
-    entries
-}
-
-fn norm<'a>(weights: &'a SyntheticWeights, name: String, len: usize) -> Entry<'a> {
-    let bytes = weights.vector(&name, len).into_iter().flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
-    Entry::from_bytes(name, StoredType::BF16, [len], bytes)
-}
-
-/// The embedding or the output head, made in pieces.
-fn dense<'a>(weights: &'a SyntheticWeights, name: &'static str) -> Entry<'a> {
-    let (rows, cols) = (weights.config().vocab_size, weights.config().hidden_size);
-    Entry::new(name, StoredType::BF16, [rows, cols], move |out: &mut dyn Write| {
-        let at_once = (CHUNK / (2 * cols)).max(1);
-        let mut buffer = vec![0; at_once * 2 * cols];
-        for first in (0..rows).step_by(at_once) {
-            let count = at_once.min(rows - first);
-            let part = buffer.get_mut(..count * 2 * cols).unwrap_or_default();
-            weights.dense_bf16(name, cols, first, part);
-            out.write_all(part)?;
-        }
-        Ok(())
-    })
 }
 
 /// Refuses to start what cannot fit. Where the system does not say, writing will find out.
@@ -165,6 +114,7 @@ fn check_space(out: &Path, needed: u64) -> Result<()> {
 mod tests {
     use super::*;
     use candle_bitnet::checkpoint::{Checkpoint, LinearWeight};
+    use candle_bitnet::model::config::Projection;
 
     fn args(preset: &str, out: &Path) -> Args {
         Args { preset: preset.into(), out: out.to_owned(), seed: 3, layers: Some(1) }

@@ -1,5 +1,6 @@
 //! Models with real shapes and random weights, for benchmarks and tests that must not download anything.
 
+mod stored;
 mod synthetic;
 
 use super::config::{Activation, Family, Mode, ModelConfig, Quantization};
