@@ -16,6 +16,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx512::{field_masks, gemm512, sum_fields};
 use super::{PREFETCH, for_tokens};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
 use crate::backend::cpu::packing::Packing;
@@ -86,12 +87,13 @@ impl TernaryKernel for Avx512Vbmi {
     }
 }
 
-/// The table of [`FIELDS`] in registers, and the other constants of [`decode`].
+/// The table of [`FIELDS`] in registers, and other constants.
 #[derive(Clone, Copy)]
 struct Decoder {
     low: __m512i,
     high: __m512i,
     eighty_one: __m512i,
+    mask: __m512i,
 }
 
 impl Decoder {
@@ -100,7 +102,7 @@ impl Decoder {
     fn new() -> Self {
         // SAFETY: the table has 128 bytes.
         let half = |i: usize| unsafe { _mm512_loadu_si512(FIELDS.as_ptr().add(64 * i).cast()) };
-        Self { low: half(0), high: half(1), eighty_one: _mm512_set1_epi8(81) }
+        Self { low: half(0), high: half(1), eighty_one: _mm512_set1_epi8(81), mask: _mm512_set1_epi8(3) }
     }
 
     /// Fields of the first four digits, and 81 times the fifth.
@@ -111,13 +113,26 @@ impl Decoder {
         let r = _mm512_min_epu8(r, _mm512_sub_epi8(r, self.eighty_one));
         (_mm512_permutex2var_epi8(self.low, r, self.high), _mm512_sub_epi8(b, r))
     }
+
+    /// Digits p of what was decoded.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn codes(self, (fields, fifth): &mut (__m512i, __m512i), p: usize) -> __m512i {
+        if p == WORDS - 1 {
+            return _mm512_and_si512(_mm512_srli_epi16::<6>(*fifth), self.mask);
+        }
+        let codes = _mm512_and_si512(*fields, self.mask);
+        // Bits that cross into the next byte land outside the mask.
+        *fields = _mm512_srli_epi16::<2>(*fields);
+        codes
+    }
 }
 
 /// # Safety
 /// AVX-512 F, BW, VNNI and VBMI; `tiles` holds `sums.len() / 16 · groups` lines, `q` `20 · groups` codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) {
-    let masks = [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0u32].map(|m| _mm512_set1_epi32(m as i32));
+    let masks = field_masks();
     let decoder = Decoder::new();
     let mut line = tiles;
     for sums in sums.chunks_exact_mut(TILE_ROWS) {
@@ -139,79 +154,15 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
                 q = q.add(WORDS);
             }
         }
-        let low = _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1]));
-        let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[2]), _mm512_srai_epi32::<6>(acc[3]));
-        let fifth = _mm512_mullo_epi32(acc[4], _mm512_set1_epi32(INVERSE_OF_81));
-        let sum = _mm512_add_epi32(_mm512_add_epi32(low, high), fifth);
+        let [a, b, c, d, fifth] = acc;
+        let fifth = _mm512_mullo_epi32(fifth, _mm512_set1_epi32(INVERSE_OF_81));
+        let sum = _mm512_add_epi32(sum_fields([a, b, c, d]), fifth);
         // SAFETY: the chunk has 16 elements.
         unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) };
     }
 }
 
-/// # Safety
-/// AVX-512 F, BW, VNNI and VBMI; `sums` is whole tiles of `[T][16]`, `tiles` holds as many tiles of `groups` lines,
-/// `panel` `5 · groups · T` words.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn gemm<const T: usize>(tiles: *const u8, groups: usize, panel: *const i32, sums: &mut [i32]) {
-    let tile_bytes = groups * LINE_BYTES;
-    let mut tile = tiles;
-    for pair in sums.chunks_mut(2 * T * TILE_ROWS) {
-        if pair.len() == 2 * T * TILE_ROWS {
-            // SAFETY: two more tiles are there, as `pair` is whole; sizes as the caller vouches.
-            unsafe { pass::<T, 2>(tile, tile_bytes, groups, panel, pair) };
-        } else {
-            // SAFETY: one more tile is there.
-            unsafe { pass::<T, 1>(tile, tile_bytes, groups, panel, pair) };
-        }
-        tile = tile.wrapping_add(2 * tile_bytes);
-    }
-}
-
-/// R tiles times T tokens, accumulators in registers (2 · 12 of 32; the table takes two, the rest of the decoder two).
-///
-/// # Safety
-/// As [`gemm`], for R tiles.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-unsafe fn pass<const T: usize, const R: usize>(
-    tiles: *const u8,
-    tile_bytes: usize,
-    groups: usize,
-    panel: *const i32,
-    sums: &mut [i32],
-) {
-    let mask = _mm512_set1_epi8(3);
-    let decoder = Decoder::new();
-    let mut acc = [[_mm512_setzero_si512(); T]; R];
-    let (mut line, mut words) = (tiles, panel);
-    for _ in 0..groups {
-        // SAFETY: line g of each of the R tiles and the 5 · T words of group g are inside the operands.
-        unsafe {
-            let mut fields = [_mm512_setzero_si512(); R];
-            let mut fifth = fields;
-            for r in 0..R {
-                (fields[r], fifth[r]) = decoder.decode(_mm512_loadu_si512(line.add(r * tile_bytes).cast()));
-            }
-            for p in 0..WORDS {
-                let codes = if p < 4 { fields } else { fifth.map(|w| _mm512_srli_epi16::<6>(w)) };
-                let codes = codes.map(|w| _mm512_and_si512(w, mask));
-                for t in 0..T {
-                    let four = _mm512_set1_epi32(words.add(t).read());
-                    for r in 0..R {
-                        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes[r], four);
-                    }
-                }
-                // Bits that cross into the next byte land outside the mask.
-                fields = fields.map(|w| _mm512_srli_epi16::<2>(w));
-                words = words.add(T);
-            }
-            line = line.add(LINE_BYTES);
-        }
-    }
-    for (sums, acc) in sums.chunks_exact_mut(TILE_ROWS).zip(acc.as_flattened()) {
-        // SAFETY: the chunk has 16 elements.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), *acc) };
-    }
-}
+gemm512!("avx512f,avx512bw,avx512vnni,avx512vbmi", WORDS, Decoder);
 
 #[cfg(test)]
 mod tests {

@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx512::{field_masks, gemm512, sum_fields};
 use super::{PREFETCH, for_tokens};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
@@ -46,7 +47,7 @@ impl TernaryKernel for Avx512Vnni {
 /// AVX-512 F, BW and VNNI; `tiles` holds `sums.len() / 16 · groups` lines, `q` `16 · groups` codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) {
-    let masks = [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0u32].map(|m| _mm512_set1_epi32(m as i32));
+    let masks = field_masks();
     let mut line = tiles;
     for sums in sums.chunks_exact_mut(TILE_ROWS) {
         let mut acc = [_mm512_setzero_si512(); 4];
@@ -65,68 +66,38 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
                 q = q.add(4);
             }
         }
-        let low = _mm512_add_epi32(acc[0], _mm512_srai_epi32::<2>(acc[1]));
-        let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(acc[2]), _mm512_srai_epi32::<6>(acc[3]));
         // SAFETY: the chunk has 16 elements.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_add_epi32(low, high)) };
+        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum_fields(acc)) };
     }
 }
 
-/// # Safety
-/// AVX-512 F, BW and VNNI; `sums` is whole tiles of `[T][16]`, `tiles` holds as many tiles of `groups` lines,
-/// `panel` `4 · groups · T` words.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn gemm<const T: usize>(tiles: *const u8, groups: usize, panel: *const i32, sums: &mut [i32]) {
-    let tile_bytes = groups * LINE_BYTES;
-    let mut tile = tiles;
-    for pair in sums.chunks_mut(2 * T * TILE_ROWS) {
-        if pair.len() == 2 * T * TILE_ROWS {
-            // SAFETY: two more tiles are there, as `pair` is whole; sizes as the caller vouches.
-            unsafe { pass::<T, 2>(tile, tile_bytes, groups, panel, pair) };
-        } else {
-            // SAFETY: one more tile is there.
-            unsafe { pass::<T, 1>(tile, tile_bytes, groups, panel, pair) };
-        }
-        tile = tile.wrapping_add(2 * tile_bytes);
+/// Codes of two bits: a line's next four columns are in the low bits of its bytes.
+#[derive(Clone, Copy)]
+struct Decoder {
+    mask: __m512i,
+}
+
+impl Decoder {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new() -> Self {
+        Self { mask: _mm512_set1_epi8(3) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn decode(self, bytes: __m512i) -> __m512i {
+        bytes
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn codes(self, fields: &mut __m512i, _: usize) -> __m512i {
+        let codes = _mm512_and_si512(*fields, self.mask);
+        // Bits that cross into the next byte land outside the mask.
+        *fields = _mm512_srli_epi16::<2>(*fields);
+        codes
     }
 }
 
-/// R tiles times T tokens, accumulators in registers (2 · 12 of 32).
-///
-/// # Safety
-/// As [`gemm`], for R tiles.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn pass<const T: usize, const R: usize>(
-    tiles: *const u8,
-    tile_bytes: usize,
-    groups: usize,
-    panel: *const i32,
-    sums: &mut [i32],
-) {
-    let mask = _mm512_set1_epi8(3);
-    let mut acc = [[_mm512_setzero_si512(); T]; R];
-    let (mut line, mut words) = (tiles, panel);
-    for _ in 0..groups {
-        // SAFETY: line g of each of the R tiles and the 4 · T words of group g are inside the operands.
-        unsafe {
-            let mut w: [__m512i; R] = std::array::from_fn(|r| _mm512_loadu_si512(line.add(r * tile_bytes).cast()));
-            for _ in 0..4 {
-                let codes = w.map(|w| _mm512_and_si512(w, mask));
-                for t in 0..T {
-                    let four = _mm512_set1_epi32(words.add(t).read());
-                    for r in 0..R {
-                        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes[r], four);
-                    }
-                }
-                // Bits that cross into the next byte land outside the mask.
-                w = w.map(|w| _mm512_srli_epi16::<2>(w));
-                words = words.add(T);
-            }
-            line = line.add(LINE_BYTES);
-        }
-    }
-    for (sums, acc) in sums.chunks_exact_mut(TILE_ROWS).zip(acc.as_flattened()) {
-        // SAFETY: the chunk has 16 elements.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), *acc) };
-    }
-}
+gemm512!("avx512f,avx512bw,avx512vnni", 4, Decoder);

@@ -2,6 +2,7 @@
 
 mod amx;
 mod avx2;
+mod avx512;
 pub(super) mod avx512_bf16;
 mod avx512_vbmi;
 mod avx512_vnni;
