@@ -2,13 +2,12 @@
 
 mod prompts;
 
+use super::bench_args::{BenchModelArgs, check_counts, lengths};
 use super::model_args::{HubArgs, RunArgs, parse, warn_of_no_replay, warn_of_other_base};
 use super::print;
 use anyhow::Result;
 use candle_bitnet::bench::{Baseline, BaselineType, BenchModel, MAX_BATCH, MAX_REPS, Plan, SweepAxes, measure, sweep};
-use candle_bitnet::checkpoint::{BUILTIN, ModelFiles};
 use candle_bitnet::model::config::MAX_POSITIONS;
-use candle_bitnet::ternary::I2sLayout;
 use candle_bitnet::{BitNet, Error, LoadOptions};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -27,17 +26,8 @@ const SWEEP_LENGTHS: (usize, usize) = (128, 32);
 /// context and batch.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
-    #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
-    model: String,
-
-    /// Order of the codes in I2_S tensors of a GGUF file: 128, 64 or rows [default: 128]
-    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>, conflicts_with = "synthetic")]
-    i2s_layout: Option<I2sLayout>,
-
-    /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
-    #[arg(long, value_name = "PRESET", conflicts_with_all = ["model", "prompts"])]
-    synthetic: Option<String>,
+    #[command(flatten)]
+    model: BenchModelArgs,
 
     /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
     #[arg(long, value_name = "DIR", conflicts_with = "synthetic")]
@@ -79,7 +69,7 @@ pub struct Args {
     profile: bool,
 
     /// A file of prompts, one a line, or one JSON object {"prompt": …} a line
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "synthetic")]
     prompts: Option<PathBuf>,
 
     /// Write JSON
@@ -96,34 +86,26 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
     let batch = args.batch.or(args.run.preset_batch()).unwrap_or(1);
-    for (flag, value, most) in [
+    check_counts([
         ("--pp", args.pp, MAX_POSITIONS),
         ("--tg", args.tg, MAX_POSITIONS),
         ("--reps", Some(args.reps), MAX_REPS),
         ("--batch", Some(batch), MAX_BATCH),
-    ] {
-        if let Some(value) = value.filter(|n| !(1..=most).contains(n)) {
-            let reason = format!("{value} is not between 1 and {most}");
-            return Err(Error::request(flag, reason).into());
-        }
-    }
-    let mut options = args.run.options()?.hub(args.hub.options()).adapter(args.adapter.clone());
-    options = options.i2s_layout(args.i2s_layout);
+    ])?;
+    let source = &args.model.source;
+    let options =
+        args.run.options()?.hub(args.hub.options()).adapter(args.adapter.clone()).i2s_layout(source.i2s_layout);
     if let Some(file) = &args.prompts {
         let list = prompts::read(file)?;
-        let mut loaded = BitNet::load(&args.model, options)?;
-        warn_of_other_base(&args.model, loaded.report().adapter.as_ref());
+        let mut loaded = BitNet::load(&source.model, options)?;
+        warn_of_other_base(&source.model, loaded.report().adapter.as_ref());
         return prompts::run(&mut loaded, &list, args.tg.unwrap_or(DEFAULT_LENGTHS.1), args.json);
     }
-    let model = match &args.synthetic {
-        Some(preset) => BenchModel::synthetic(preset)?,
-        None => {
-            let files = ModelFiles::find(&args.model, &args.hub.options())?;
-            BenchModel::files(&args.model, files.with_i2s_layout(args.i2s_layout)?)?
-        }
-    };
+    let (model, _) = args.model.open(&args.hub)?;
     let positions = model.config().max_positions;
-    let (pp, tg) = lengths(&args, args.run.context.map_or(positions, |n| n.min(positions)));
+    let positions = args.run.context.map_or(positions, |n| n.min(positions));
+    let defaults = if args.sweep.is_some() { SWEEP_LENGTHS } else { DEFAULT_LENGTHS };
+    let (pp, tg) = lengths((args.pp, args.tg), defaults, positions);
     let plan = Plan { pp, tg, batch, reps: args.reps, profile: args.profile };
     match &args.sweep {
         Some(axes) => run_sweep(&args, &model, &options, plan, axes),
@@ -182,11 +164,4 @@ fn too_long(error: Error, args: &Args, plan: Plan) -> Error {
         }
         e => e,
     }
-}
-
-/// Tokens to prefill and to decode: what was asked for, and for the rest what so many positions hold.
-fn lengths(args: &Args, positions: usize) -> (usize, usize) {
-    let (pp, tg) = if args.sweep.is_some() { SWEEP_LENGTHS } else { DEFAULT_LENGTHS };
-    let tg = args.tg.unwrap_or(tg.min(positions / 4).max(1));
-    (args.pp.unwrap_or(pp.min(positions.saturating_sub(tg)).max(1)), tg)
 }

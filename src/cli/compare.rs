@@ -2,13 +2,12 @@
 
 mod against;
 
-use super::model_args::{HubArgs, RunArgs, parse};
+use super::bench_args::{BenchModelArgs, check_counts, lengths};
+use super::model_args::{HubArgs, RunArgs};
 use super::print;
 use anyhow::Result;
-use candle_bitnet::bench::{BenchModel, Comparison, Contender, Entry, MAX_REPS, Narrowed, Workload, compare};
-use candle_bitnet::checkpoint::{BUILTIN, ModelFiles};
+use candle_bitnet::bench::{Comparison, Contender, Entry, MAX_REPS, Narrowed, Workload, compare};
 use candle_bitnet::model::config::MAX_POSITIONS;
-use candle_bitnet::ternary::I2sLayout;
 use candle_bitnet::text::Tokenizer;
 use candle_bitnet::{DeviceChoice, Error};
 use std::io::{IsTerminal, Write};
@@ -26,20 +25,11 @@ const RECORDS: &str = "benches/record";
 /// tokens. --device, --kernel and --threads narrow that. --against runs the same prompts here and on a server.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
-    #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
-    model: String,
-
-    /// Order of the codes in I2_S tensors of a GGUF file: 128, 64 or rows [default: 128]
-    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>, conflicts_with = "synthetic")]
-    i2s_layout: Option<I2sLayout>,
-
-    /// A preset's shapes with random weights: 2b4t, 0.7b, 3b, 8b, 30b
-    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["model", "prompt", "against"])]
-    synthetic: Option<String>,
+    #[command(flatten)]
+    model: BenchModelArgs,
 
     /// Prompt, instead of --pp tokens; with --against, instead of its own, and may be there more than once
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", conflicts_with = "synthetic")]
     prompt: Vec<String>,
 
     /// Tokens of the prompt where no text is given [default: 128, or what the model's positions leave for it]
@@ -56,7 +46,7 @@ pub struct Args {
 
     /// A server that speaks OpenAI's interface (llama-server, ollama, vLLM), such as http://localhost:8080; a key is taken from
     /// BITNET_API_KEY
-    #[arg(long, value_name = "URL", conflicts_with_all = ["csv", "chart", "record"])]
+    #[arg(long, value_name = "URL", conflicts_with_all = ["synthetic", "csv", "chart", "record"])]
     against: Option<String>,
 
     /// The model that the server is asked for [default: the first that it lists]
@@ -92,13 +82,11 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    for (flag, value, most) in
-        [("--pp", args.pp, MAX_POSITIONS), ("--tg", args.tg, MAX_POSITIONS), ("--reps", Some(args.reps), MAX_REPS)]
-    {
-        if let Some(value) = value.filter(|n| !(1..=most).contains(n)) {
-            return Err(Error::request(flag, format!("{value} is not between 1 and {most}")).into());
-        }
-    }
+    check_counts([
+        ("--pp", args.pp, MAX_POSITIONS),
+        ("--tg", args.tg, MAX_POSITIONS),
+        ("--reps", Some(args.reps), MAX_REPS),
+    ])?;
     match &args.against {
         Some(url) => against::run(&args, url),
         None => devices(&args),
@@ -110,20 +98,11 @@ fn devices(args: &Args) -> Result<()> {
         let reason = format!("{} is no directory; make it, or give --record another one", dir.display());
         return Err(Error::request("--record", reason).into());
     }
-    let (model, files) = match &args.synthetic {
-        Some(shape) => (BenchModel::synthetic(shape)?, None),
-        None => {
-            let files = ModelFiles::find(&args.model, &args.hub.options())?.with_i2s_layout(args.i2s_layout)?;
-            (BenchModel::files(&args.model, files.clone())?, Some(files))
-        }
-    };
+    let (model, files) = args.model.open(&args.hub)?;
     let positions = model.config().max_positions;
-    let tg = args.tg.unwrap_or(DEFAULT_LENGTHS.1.min(positions / 4).max(1));
+    let (pp, tg) = lengths((args.pp, args.tg), DEFAULT_LENGTHS, positions);
     let prompt = match (args.prompt.as_slice(), &files) {
-        ([], _) => {
-            let pp = args.pp.unwrap_or(DEFAULT_LENGTHS.0.min(positions.saturating_sub(tg)).max(1));
-            (0..pp).map(|i| ((i * 7919) % model.config().vocab_size) as u32).collect()
-        }
+        ([], _) => (0..pp).map(|i| ((i * 7919) % model.config().vocab_size) as u32).collect(),
         ([text], Some(files)) => Tokenizer::open(files)?.encode(text, true)?,
         _ => return Err(Error::request("--prompt", "devices are compared on one prompt").into()),
     };
@@ -176,11 +155,11 @@ fn formatted(args: &Args, compared: &Comparison) -> Result<String> {
 
 /// The command without its paths and outputs, for a record.
 fn command(args: &Args) -> String {
-    let model = match &args.synthetic {
-        Some(shape) => format!("--synthetic {shape}"),
+    let model = match (&args.model.synthetic, &args.model.source.model) {
+        (Some(preset), _) => format!("--synthetic {preset}"),
         // A path says something of the machine that it was on.
-        None if std::path::Path::new(&args.model).exists() => "--model PATH".into(),
-        None => format!("--model {}", args.model),
+        (None, path) if std::path::Path::new(path).exists() => "--model PATH".into(),
+        (None, model) => format!("--model {model}"),
     };
     let lengths = [("--pp", args.pp), ("--tg", args.tg), ("--reps", Some(args.reps))];
     let lengths: String = lengths.iter().filter_map(|(f, n)| Some(format!(" {f} {}", (*n)?))).collect();

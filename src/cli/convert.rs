@@ -1,12 +1,12 @@
 //! `bitnet convert`: a checkpoint in another form, the same model.
 
-use super::model_args::{HubArgs, parse};
+use super::model_args::{FilesArgs, HubArgs};
 use super::{first_line, print};
 use anyhow::Result;
 use candle_bitnet::Error;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::checkpoint::gguf::GgmlType;
-use candle_bitnet::checkpoint::{BUILTIN, Checkpoint, ModelFiles, ScaleStyle, StoredType};
+use candle_bitnet::checkpoint::{Checkpoint, ModelFiles, ScaleStyle, StoredType};
 use candle_bitnet::model::config::ModelConfig;
 use candle_bitnet::model::convert::{Form, GgufType, Options, Phase, Progress, Summary, convert};
 use candle_bitnet::ternary::I2sLayout;
@@ -22,14 +22,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Write a model in another form: safetensors or GGUF
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model: a hub id (owner/name, owner/name@revision, owner/name:file.gguf), a directory, a .gguf file, or builtin
-    /// [default: builtin]
-    #[arg(value_name = "MODEL")]
-    pub model: Option<String>,
-
-    /// The same, as the other commands take it
-    #[arg(short, long = "model", id = "model_flag", value_name = "MODEL", conflicts_with = "model")]
-    pub model_flag: Option<String>,
+    #[command(flatten)]
+    pub files: FilesArgs,
 
     /// Form to write
     #[arg(long, value_name = "FORM")]
@@ -46,10 +40,6 @@ pub struct Args {
     /// Directory or .gguf file to write; a directory must not hold a checkpoint yet
     #[arg(short, long, value_name = "PATH")]
     pub out: PathBuf,
-
-    /// Order of the codes in I2_S tensors of the GGUF file that is read: 128, 64 or rows [default: 128]
-    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
-    pub i2s_layout: Option<I2sLayout>,
 
     /// Write JSON
     #[arg(long)]
@@ -151,8 +141,7 @@ pub fn run(args: Args) -> Result<()> {
     let head = args.head.map(Head::stored);
     // Before a download, which may take an hour.
     Options { form: known.unwrap_or(multiply), head }.check(&args.out)?;
-    let model = args.model.or(args.model_flag).unwrap_or_else(|| BUILTIN.into());
-    let source = ModelFiles::find(&model, &args.hub.options())?.with_i2s_layout(args.i2s_layout)?;
+    let source = args.files.find(&args.hub)?;
     let form = match known {
         Some(form) => form,
         None => Form::Packed(convention(&source)?),

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, each with an `Args` and a `run`.
 
 pub mod bench;
+mod bench_args;
 pub mod cache;
 pub mod chat;
 mod chat_input;

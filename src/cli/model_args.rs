@@ -5,8 +5,8 @@ use super::preset::Preset;
 use anyhow::Result;
 use candle_bitnet::backend::DenseType;
 use candle_bitnet::backend::cpu::KernelKind;
-use candle_bitnet::checkpoint::BUILTIN;
 use candle_bitnet::checkpoint::hub::HubOptions;
+use candle_bitnet::checkpoint::{BUILTIN, ModelFiles};
 use candle_bitnet::model::Decoder;
 use candle_bitnet::nn::{HeadChoice, HeadKind};
 use candle_bitnet::ternary::I2sLayout;
@@ -132,9 +132,9 @@ impl HubArgs {
     }
 }
 
-/// Which model, and how to run it.
+/// Which model.
 #[derive(Debug, Clone, Args)]
-pub struct ModelArgs {
+pub struct SourceArgs {
     /// Model: a hub id (owner/name or owner/name@revision), a directory, a .gguf file, or builtin
     #[arg(short, long, value_name = "MODEL", default_value = BUILTIN)]
     pub model: String,
@@ -142,6 +142,49 @@ pub struct ModelArgs {
     /// Order of the codes in I2_S tensors of a GGUF file, which the file does not tell: 128, 64 or rows [default: 128]
     #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
     pub i2s_layout: Option<I2sLayout>,
+}
+
+impl SourceArgs {
+    /// Its files.
+    pub fn find(&self, hub: &HubArgs) -> Result<ModelFiles> {
+        Ok(ModelFiles::find(&self.model, &hub.options())?.with_i2s_layout(self.i2s_layout)?)
+    }
+}
+
+/// Which model to read, where it is not run: the first argument, or the flag of the other commands.
+#[derive(Debug, Clone, Args)]
+pub struct FilesArgs {
+    /// Model: a hub id (owner/name, owner/name@revision, owner/name:file.gguf), a directory, a .gguf file, or builtin
+    /// [default: builtin]
+    #[arg(value_name = "MODEL")]
+    pub model: Option<String>,
+
+    /// The same, as the other commands take it
+    #[arg(short, long = "model", id = "model_flag", value_name = "MODEL", conflicts_with = "model")]
+    pub model_flag: Option<String>,
+
+    /// Order of the codes in I2_S tensors of the GGUF file that is read: 128, 64 or rows [default: 128]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse::<I2sLayout>)]
+    pub i2s_layout: Option<I2sLayout>,
+}
+
+impl FilesArgs {
+    /// What the user calls it.
+    pub fn name(&self) -> &str {
+        self.model.as_deref().or(self.model_flag.as_deref()).unwrap_or(BUILTIN)
+    }
+
+    /// Its files.
+    pub fn find(&self, hub: &HubArgs) -> Result<ModelFiles> {
+        Ok(ModelFiles::find(self.name(), &hub.options())?.with_i2s_layout(self.i2s_layout)?)
+    }
+}
+
+/// Which model, and how to run it.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    #[command(flatten)]
+    pub source: SourceArgs,
 
     /// LoRA adapter in PEFT's layout (adapter_config.json, adapter_model.safetensors), run unmerged
     #[arg(long, value_name = "DIR")]
@@ -155,9 +198,14 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// What the user calls the model.
+    pub fn name(&self) -> &str {
+        &self.source.model
+    }
+
     fn options(&self) -> Result<LoadOptions> {
         let options = self.run.options()?.hub(self.hub.options());
-        Ok(options.adapter(self.adapter.clone()).i2s_layout(self.i2s_layout))
+        Ok(options.adapter(self.adapter.clone()).i2s_layout(self.source.i2s_layout))
     }
 
     /// The same where every logit is wanted: a screen would be made for nothing.
@@ -170,18 +218,18 @@ impl ModelArgs {
 
     /// Loads the model with its text tools, and says on a terminal what was decided.
     pub fn load(&self) -> Result<BitNet> {
-        let model = BitNet::load(&self.model, self.options()?)?;
+        let model = BitNet::load(self.name(), self.options()?)?;
         if std::io::stderr().is_terminal() {
-            eprintln!("{}: {}", self.model, model.report());
+            eprintln!("{}: {}", self.name(), model.report());
         }
-        warn_of_other_base(&self.model, model.report().adapter.as_ref());
+        warn_of_other_base(self.name(), model.report().adapter.as_ref());
         Ok(model)
     }
 
     /// Loads the decoder alone.
     pub fn load_decoder(&self) -> Result<LoadedDecoder> {
-        let loaded = LoadedDecoder::load(&self.model, &self.options()?)?;
-        warn_of_other_base(&self.model, loaded.adapter.as_ref());
+        let loaded = LoadedDecoder::load(self.name(), &self.options()?)?;
+        warn_of_other_base(self.name(), loaded.adapter.as_ref());
         Ok(loaded)
     }
 }

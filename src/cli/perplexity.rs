@@ -124,7 +124,7 @@ pub fn run(args: Args) -> Result<()> {
     bar.finish_and_clear();
     let result = result?;
     let report = Report {
-        model: args.model.model,
+        model: args.model.source.model,
         text: name.display().to_string(),
         perplexity: result.perplexity(),
         bits_per_byte: result.bits_per_byte(part.bytes),

@@ -68,8 +68,9 @@ pub fn run(args: &Args, url: &str) -> Result<()> {
     for prompt in &prompts {
         theirs.push(server.complete(prompt, max_tokens)?);
     }
-    let options = args.run.options()?.hub(args.hub.options()).i2s_layout(args.i2s_layout);
-    let mut model = BitNet::load(&args.model, options)?;
+    let source = &args.model.source;
+    let options = args.run.options()?.hub(args.hub.options()).i2s_layout(source.i2s_layout);
+    let mut model = BitNet::load(&source.model, options)?;
     let mut pairs = Vec::with_capacity(prompts.len());
     for (prompt, theirs) in prompts.iter().zip(theirs) {
         let here = here(&mut model, prompt, max_tokens)?;
@@ -80,7 +81,7 @@ pub fn run(args: &Args, url: &str) -> Result<()> {
         pairs.iter().filter_map(|p| Some(p.here.tokens_per_second? / p.server.tokens_per_second?)).collect();
     let about = model.report();
     let report = Report {
-        model: args.model.clone(),
+        model: source.model.clone(),
         kernel: about.kernel,
         threads: about.threads,
         server: server.base().to_owned(),
