@@ -1,4 +1,4 @@
-//! Per-token absmax quantisation of activations to 8 bits (BitNet b1.58, eq. 4–5; `numerics` in the README).
+//! Per-token absmax quantisation of activations to 8 bits (BitNet b1.58, eq. 4–5).
 
 /// Largest magnitude of a quantised activation; −128 never occurs.
 pub const ACTIVATION_MAX: f32 = 127.0;

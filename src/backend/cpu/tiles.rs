@@ -15,7 +15,7 @@ pub const TILE_ROWS: usize = 16;
 pub const LINE_COLS: usize = 16;
 /// Bytes of a line.
 pub const LINE_BYTES: usize = 64;
-/// Most columns for which every accumulator stays below 2^24, exact in f32 too (numerics: |acc| ≤ 127·K).
+/// Most columns for which every accumulator stays below 2^24, exact in f32 too: |acc| ≤ 127·K.
 pub const MAX_COLS: usize = 132_104;
 
 /// A run of rows with one scale: one of several weights that share their input.

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{PREFETCH, for_tokens};
+use super::{PREFETCH, for_tokens, gemm_by_fours};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
@@ -79,36 +79,7 @@ macro_rules! vnni256 {
                 }
             }
 
-            /// Up to 12 tokens in passes of at most 4: 2 · 4 accumulators of 16 registers.
-            ///
-            /// # Safety
-            /// The kernel's features; `sums` is whole tiles of `[T][16]`, `tiles` holds as many tiles of
-            /// `groups` lines, `panel` `4 · groups · T` words.
-            #[target_feature(enable = $features)]
-            pub(super) unsafe fn gemm<const T: usize>(
-                tiles: *const u8,
-                groups: usize,
-                panel: *const i32,
-                sums: &mut [i32],
-            ) {
-                let mut tile = tiles;
-                for sums in sums.chunks_exact_mut(T * TILE_ROWS) {
-                    for first in (0..T).step_by(4) {
-                        let sums = &mut sums[first * TILE_ROWS..];
-                        // SAFETY: one tile and tokens `first …` of its T are inside the operands.
-                        unsafe {
-                            let panel = panel.add(first);
-                            match T - first {
-                                1 => pass::<1, T>(tile, groups, panel, sums),
-                                2 => pass::<2, T>(tile, groups, panel, sums),
-                                3 => pass::<3, T>(tile, groups, panel, sums),
-                                _ => pass::<4, T>(tile, groups, panel, sums),
-                            }
-                        }
-                    }
-                    tile = tile.wrapping_add(groups * LINE_BYTES);
-                }
-            }
+            gemm_by_fours!($features);
 
             /// # Safety
             /// As [`gemm`], for one tile and N of the T tokens.
