@@ -15,10 +15,13 @@
 //! Prefill: digits are decoded once per pass, the fifth as `81·t4 >> 6`, and reused for up to 12 tokens from registers.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::avx512::{field_masks, gemm512, sum_fields};
+use super::pairs::{self, pairs512};
 use super::{PREFETCH, for_tokens};
-use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::activation::QuantizedRows;
+use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, check_gemm, check_gemv};
 use crate::backend::cpu::packing::Packing;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
@@ -84,6 +87,10 @@ impl TernaryKernel for Avx512Vbmi {
         assert!(panel.len() >= WORDS * groups * tokens, "operand sizes");
         // `new` found the features; the sizes that the reads rely on were just checked.
         for_tokens!(tokens, [1 2 3 4 5 6 7 8 9 10 11 12], gemm(tiles.as_ptr(), groups, panel.as_ptr(), sums))
+    }
+
+    fn panel_gemm(&self, tokens: usize) -> Option<&dyn PanelGemm> {
+        (tokens >= pairs::MIN_TOKENS).then_some(self)
     }
 }
 
@@ -163,6 +170,11 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
 }
 
 gemm512!("avx512f,avx512bw,avx512vnni,avx512vbmi", WORDS, Decoder);
+
+pairs512!(
+    "avx512f,avx512bw,avx512vnni,avx512vbmi", Avx512Vbmi, Decoder, 2, WORDS,
+    [(0 0, 0 1) (0 2, 0 3) (0 4, 1 0) (1 1, 1 2) (1 3, 1 4)]
+);
 
 #[cfg(test)]
 mod tests {

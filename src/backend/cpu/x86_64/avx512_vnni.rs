@@ -5,10 +5,13 @@
 //! Prefill: codes are shifted down once per pass and reused for up to 12 tokens from registers.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::avx512::{field_masks, gemm512, sum_fields};
+use super::pairs::{self, pairs512};
 use super::{PREFETCH, for_tokens};
-use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::activation::QuantizedRows;
+use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, check_gemm, check_gemv};
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// The AVX-512 VNNI kernel.
@@ -40,6 +43,10 @@ impl TernaryKernel for Avx512Vnni {
         check_gemm(tiles, groups, panel, tokens, sums);
         // `new` found the features; `check_gemm` found the sizes that the reads rely on.
         for_tokens!(tokens, [1 2 3 4 5 6 7 8 9 10 11 12], gemm(tiles.as_ptr(), groups, panel.as_ptr(), sums))
+    }
+
+    fn panel_gemm(&self, tokens: usize) -> Option<&dyn PanelGemm> {
+        (tokens >= pairs::MIN_TOKENS).then_some(self)
     }
 }
 
@@ -101,3 +108,5 @@ impl Decoder {
 }
 
 gemm512!("avx512f,avx512bw,avx512vnni", 4, Decoder);
+
+pairs512!("avx512f,avx512bw,avx512vnni", Avx512Vnni, Decoder, 1, 4, [(0 0, 0 1) (0 2, 0 3)]);

@@ -7,6 +7,7 @@ pub(super) mod avx512_bf16;
 mod avx512_vbmi;
 mod avx512_vnni;
 mod avx_vnni;
+mod pairs;
 
 pub use amx::AmxInt8;
 pub use avx_vnni::AvxVnni;
