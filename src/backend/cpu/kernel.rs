@@ -62,6 +62,17 @@ pub struct Block {
     pub panels: usize,
 }
 
+/// Tiles of a weight.
+#[derive(Debug, Clone, Copy)]
+pub struct WeightTiles<'a> {
+    /// Their lines.
+    pub data: &'a [u8],
+    /// Lines of a tile.
+    pub groups: usize,
+    /// Their [`PanelGemm::row_terms`], if there are any.
+    pub terms: &'a [[i32; TILE_ROWS]],
+}
+
 /// Prefill: several tokens' codes are laid out as a kernel wants them, a panel of tokens at a time, and multiplied with
 /// blocks of tiles.
 pub trait PanelGemm: Sync {
@@ -78,9 +89,20 @@ pub trait PanelGemm: Sync {
     /// [`PanelGemm::multiply`] reads.
     fn fill(&self, x: &QuantizedRows, rows: Range<usize>, groups: usize, panel: &mut [Line]);
 
-    /// Whole tiles times panels of `tokens` tokens in all, each but the last of `size`, one after the other;
-    /// `sums` is `[tile][token][16]`, as [`TernaryKernel::gemm`]'s.
-    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]);
+    /// Whether [`PanelGemm::multiply`] needs [`PanelGemm::row_terms`].
+    fn has_row_terms(&self) -> bool {
+        false
+    }
+
+    /// What the product needs of a tile's rows beside their codes: a function of codes and packing alone, computed once for a
+    /// weight.
+    fn row_terms(&self, _tile: &[u8], _groups: usize) -> [i32; TILE_ROWS] {
+        [0; TILE_ROWS]
+    }
+
+    /// Whole tiles times panels of `tokens` tokens in all, each but the last of `size`,
+    /// one after the other; `sums` is `[tile][token][16]`, as [`TernaryKernel::gemm`]'s.
+    fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]);
 }
 
 /// [`TernaryKernel::gemm`] and its panels: `[words][tokens]` words of four consecutive codes of a token each.
@@ -116,9 +138,9 @@ impl PanelGemm for Words<'_> {
         }
     }
 
-    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+    fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
         assert!(tokens <= size, "one panel");
-        self.0.gemm(tiles, groups, bytemuck::cast_slice(panels), tokens, sums);
+        self.0.gemm(tiles.data, tiles.groups, bytemuck::cast_slice(panels), tokens, sums);
     }
 }
 

@@ -94,6 +94,7 @@ pub(super) fn linear(
     let size = tokens.div_ceil(tokens.div_ceil(gemm.panel_tokens()));
     let (lines, block) = (gemm.panel_lines(w.groups(), size), gemm.block());
     let at_once = (PANEL_BYTES / (lines * size_of::<Line>()) / block.panels).max(1) * block.panels;
+    let terms = w.row_terms(gemm, pool);
     let tiles = block.tiles.min(w.tiles().div_ceil(TASKS * pool.threads())).next_multiple_of(block.tile_step);
     for first in (0..tokens).step_by(at_once * size) {
         let last = tokens.min(first + at_once * size);
@@ -106,7 +107,7 @@ pub(super) fn linear(
         pool.run(w.tiles().div_ceil(tiles), &|task| {
             let first_tile = tiles * task;
             let count = tiles.min(w.tiles() - first_tile);
-            let data = &w.data()[first_tile * tile_bytes..][..count * tile_bytes];
+            let weights = w.weight_tiles(first_tile..first_tile + count, terms);
             with_scratch(tiles * block.panels * gemm.panel_tokens() * TILE_ROWS, |sums| {
                 let sums = bytemuck::cast_slice_mut::<f32, i32>(sums);
                 for (i, panels) in panel.chunks(block.panels * lines).enumerate() {
@@ -121,7 +122,7 @@ pub(super) fn linear(
                             }
                         }
                     }
-                    gemm.multiply(data, w.groups(), panels, size, n, sums);
+                    gemm.multiply(weights, panels, size, n, sums);
                     // A token's rows one after the other, so that its output is written in one piece.
                     for run in w.runs(first_tile..first_tile + count) {
                         for t in 0..n {

@@ -1,7 +1,7 @@
 //! A kernel's first products with weights that were just packed, against the reference.
 
 use super::generic::Generic;
-use super::kernel::{Line, PanelGemm, TernaryKernel, Words};
+use super::kernel::{Line, PanelGemm, TernaryKernel, WeightTiles, Words};
 use super::tiles::{CpuTernary, LINE_BYTES, LINE_COLS, TILE_ROWS};
 use crate::backend::activation::{QuantizedRows, row_stride};
 use crate::{Error, Result};
@@ -58,13 +58,16 @@ fn codes() -> impl FnMut() -> i8 {
 /// The sums of the first tiles, `[tile][token][16]`, a panel at a time.
 fn product(gemm: &dyn PanelGemm, w: &CpuTernary, x: &QuantizedRows) -> Vec<i32> {
     let (groups, tiles, tokens) = (w.groups(), w.tiles().min(TILES), x.rows());
+    let data = &w.data()[..tiles * groups * LINE_BYTES];
+    let terms: Vec<_> = data.chunks_exact(groups * LINE_BYTES).map(|tile| gemm.row_terms(tile, groups)).collect();
+    let weights = WeightTiles { data, groups, terms: &terms };
     let mut all = vec![0; tiles * tokens * TILE_ROWS];
     for first in (0..tokens).step_by(gemm.panel_tokens()) {
         let n = gemm.panel_tokens().min(tokens - first);
         let mut panel = vec![Line::default(); gemm.panel_lines(groups, n)];
         gemm.fill(x, first..first + n, groups, &mut panel);
         let mut sums = vec![0; tiles * n * TILE_ROWS];
-        gemm.multiply(&w.data()[..tiles * groups * LINE_BYTES], groups, &panel, n, n, &mut sums);
+        gemm.multiply(weights, &panel, n, n, &mut sums);
         for (all, sums) in all.chunks_exact_mut(tokens * TILE_ROWS).zip(sums.chunks_exact(n * TILE_ROWS)) {
             all[first * TILE_ROWS..][..sums.len()].copy_from_slice(sums);
         }
@@ -139,8 +142,8 @@ mod tests {
         fn fill(&self, x: &QuantizedRows, rows: Range<usize>, groups: usize, panel: &mut [Line]) {
             Words(&Generic).fill(x, rows, groups, panel);
         }
-        fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
-            Words(&Generic).multiply(tiles, groups, panels, size, tokens, sums);
+        fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+            Words(&Generic).multiply(tiles, panels, size, tokens, sums);
             self.spoil(Self::Panels, sums);
         }
     }

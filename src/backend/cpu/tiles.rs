@@ -5,7 +5,9 @@ use crate::backend::layout::{Arrangement, LayoutId};
 use crate::ternary::{PackedTernary, Scale};
 use crate::{Error, Result};
 use std::ops::Range;
+use std::sync::OnceLock;
 
+use super::kernel::{PanelGemm, WeightTiles};
 use super::packing::Packing;
 use super::pool::Pool;
 
@@ -52,6 +54,7 @@ pub struct CpuTernary {
     tiles: usize,
     segments: Vec<Segment>,
     data: AlignedBuffer,
+    row_terms: OnceLock<Vec<[i32; TILE_ROWS]>>,
 }
 
 impl CpuTernary {
@@ -84,7 +87,7 @@ impl CpuTernary {
             let segment = owner(tile);
             packing.pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
         });
-        Ok(Self { packing, arrangement, cols, rows, tiles, segments, data })
+        Ok(Self { packing, arrangement, cols, rows, tiles, segments, data, row_terms: OnceLock::new() })
     }
 
     /// Layout of the packed bytes.
@@ -158,6 +161,31 @@ impl CpuTernary {
     /// The packed tiles.
     pub(crate) fn data(&self) -> &[u8] {
         &self.data
+    }
+
+    /// What a prefill kernel needs of each tile beside its codes, if it does: computed when first asked for.
+    pub(super) fn row_terms(&self, gemm: &dyn PanelGemm, pool: &Pool) -> &[[i32; TILE_ROWS]] {
+        if !gemm.has_row_terms() {
+            return &[];
+        }
+        self.row_terms.get_or_init(|| {
+            let mut terms = vec![[0; TILE_ROWS]; self.tiles];
+            let tile_bytes = self.groups() * LINE_BYTES;
+            pool.for_each_chunk(&mut terms, 1, |tile, terms| {
+                terms[0] = gemm.row_terms(&self.data[tile * tile_bytes..][..tile_bytes], self.groups());
+            });
+            terms
+        })
+    }
+
+    /// Some tiles, with their part of [`Self::row_terms`].
+    pub(super) fn weight_tiles<'a>(&'a self, tiles: Range<usize>, terms: &'a [[i32; TILE_ROWS]]) -> WeightTiles<'a> {
+        let tile_bytes = self.groups() * LINE_BYTES;
+        WeightTiles {
+            data: &self.data[tiles.start * tile_bytes..tiles.end * tile_bytes],
+            groups: self.groups(),
+            terms: terms.get(tiles).unwrap_or_default(),
+        }
     }
 
     /// The runs of tiles `tiles` with one scale each, and their rows in the output, one after the other in both.

@@ -21,7 +21,7 @@ use super::avx512::{field_masks, gemm512, sum_fields};
 use super::pairs::{self, pairs512};
 use super::{PREFETCH, for_tokens};
 use crate::backend::activation::QuantizedRows;
-use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles, check_gemm, check_gemv};
 use crate::backend::cpu::packing::Packing;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 

@@ -25,8 +25,8 @@ use crate::backend::cpu::kernel::{Block, Line};
 
 /// Tokens of a panel: their sums take 24 of the 32 registers.
 pub(super) const PANEL_TOKENS: usize = 24;
-/// Fewest tokens for which this is faster than dots of four columns.
-pub(super) const MIN_TOKENS: usize = 13;
+/// Fewest tokens for which this is faster than dots of four columns, measured: with few, one tile a pass decodes too often.
+pub(super) const MIN_TOKENS: usize = 48;
 /// A call's tiles and panels: at most 96 KB of sums.
 pub(super) const BLOCK: Block = Block { tiles: 8, tile_step: 1, panels: 8 };
 /// Most clipped activations of a token that are noted.
@@ -208,65 +208,64 @@ macro_rules! pairs512 {
                 unsafe { pairs::fill(x, rows, pairs(groups), panel) }
             }
 
-            fn multiply(
-                &self,
-                tiles: &[u8],
-                groups: usize,
-                panels: &[Line],
-                size: usize,
-                tokens: usize,
-                sums: &mut [i32],
-            ) {
+            fn has_row_terms(&self) -> bool {
+                true
+            }
+
+            fn row_terms(&self, tile: &[u8], groups: usize) -> [i32; TILE_ROWS] {
+                assert_eq!(tile.len(), groups * LINE_BYTES, "one tile");
+                let mut terms = [0; TILE_ROWS];
+                // SAFETY: `new` found the features; the tile has whole lines, the same pair is read again and again.
+                unsafe { pair_pass::<1>(tile.as_ptr(), groups, pairs::ZEROS.as_ptr(), 0, &mut terms) };
+                terms
+            }
+
+            fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+                let WeightTiles { data, groups, terms } = tiles;
                 assert!((1..=pairs::PANEL_TOKENS).contains(&size) && tokens > 0, "tokens of a panel");
                 let (tile_bytes, tile_sums) = (groups * LINE_BYTES, tokens * TILE_ROWS);
-                let count = sums.len() / tile_sums;
-                assert!(sums.len() == count * tile_sums && tiles.len() == count * tile_bytes, "operand sizes");
+                assert!(
+                    sums.len() == terms.len() * tile_sums && data.len() == terms.len() * tile_bytes,
+                    "operand sizes"
+                );
                 let lines = self.panel_lines(groups, size);
-                let blocks = tiles.chunks(pairs::BLOCK.tiles * tile_bytes);
-                for (tiles, sums) in blocks.zip(sums.chunks_mut(pairs::BLOCK.tiles * tile_sums)) {
-                    let mut own = [[0; TILE_ROWS]; pairs::BLOCK.tiles];
-                    for (tile, own) in tiles.chunks_exact(tile_bytes).zip(&mut own) {
-                        // SAFETY: `new` found the features; the tile has whole lines, the same pair is read again and again.
-                        unsafe { pair_pass::<1>(tile.as_ptr(), groups, pairs::ZEROS.as_ptr(), 0, own) };
-                    }
-                    for first in (0..tokens).step_by(size) {
-                        let n = size.min(tokens - first);
-                        let panel = &panels[first / size * lines..][..self.panel_lines(groups, n)];
-                        let (notes, words) = panel.split_at(pairs::width(n));
-                        let (words, step) = (words.as_ptr().cast(), 2 * pairs::width(n));
-                        let per_tile = tiles.chunks_exact(tile_bytes).zip(sums.chunks_exact_mut(tile_sums));
-                        for ((tile, sums), own) in per_tile.zip(&own) {
-                            let sums = &mut sums[first * TILE_ROWS..][..n * TILE_ROWS];
-                            // `new` found the features; the tile has whole lines, the panel `pairs · width` pairs of words.
-                            for_tokens!(
-                                pairs::width(n),
-                                [2 4 6 8 10 12 14 16 18 20 22 24],
-                                pair_pass(tile.as_ptr(), groups, words, step, sums)
-                            );
-                            for (t, sums) in sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut().enumerate() {
-                                let token = pairs::Token::of(&notes[t]);
-                                let Some(notes) = token.notes() else {
-                                    let words = pairs::words_of(panel, n, t, pairs(groups));
-                                    // SAFETY: the features; a tile, words of all its lines, and a tile's sums.
-                                    unsafe { gemm::<1>(tile.as_ptr(), groups, words.as_ptr(), sums) };
-                                    continue;
-                                };
+                for first in (0..tokens).step_by(size) {
+                    let n = size.min(tokens - first);
+                    let panel = &panels[first / size * lines..][..self.panel_lines(groups, n)];
+                    let (notes, words) = panel.split_at(pairs::width(n));
+                    let (words, step) = (words.as_ptr().cast(), 2 * pairs::width(n));
+                    let per_tile = data.chunks_exact(tile_bytes).zip(sums.chunks_exact_mut(tile_sums));
+                    for ((tile, sums), rows) in per_tile.zip(terms) {
+                        let sums = &mut sums[first * TILE_ROWS..][..n * TILE_ROWS];
+                        // `new` found the features; the tile has whole lines, the panel `pairs · width` pairs of words.
+                        for_tokens!(
+                            pairs::width(n),
+                            [2 4 6 8 10 12 14 16 18 20 22 24],
+                            pair_pass(tile.as_ptr(), groups, words, step, sums)
+                        );
+                        for (t, sums) in sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut().enumerate() {
+                            let token = pairs::Token::of(&notes[t]);
+                            let Some(notes) = token.notes() else {
+                                let words = pairs::words_of(panel, n, t, pairs(groups));
+                                // SAFETY: the features; a tile, words of all its lines, and a tile's sums.
+                                unsafe { gemm::<1>(tile.as_ptr(), groups, words.as_ptr(), sums) };
+                                continue;
+                            };
+                            for i in 0..TILE_ROWS {
+                                sums[i] = sums[i].wrapping_sub(token.term).wrapping_sub(rows[i]);
+                            }
+                            for (column, less) in notes {
+                                let (line, at) = (column / (4 * $words), column % (4 * $words));
+                                let Some(line) = tile.as_chunks::<LINE_BYTES>().0.get(line) else { continue };
+                                // SAFETY: the features.
+                                let codes = unsafe { codes_of(line, at / 4, at % 4) };
                                 for i in 0..TILE_ROWS {
-                                    sums[i] = sums[i].wrapping_sub(token.term).wrapping_sub(own[i]);
+                                    sums[i] = sums[i].wrapping_add(codes[i] * less);
                                 }
-                                for (column, less) in notes {
-                                    let (line, at) = (column / (4 * $words), column % (4 * $words));
-                                    let Some(line) = tile.as_chunks::<LINE_BYTES>().0.get(line) else { continue };
-                                    // SAFETY: the features.
-                                    let codes = unsafe { codes_of(line, at / 4, at % 4) };
-                                    for i in 0..TILE_ROWS {
-                                        sums[i] = sums[i].wrapping_add(codes[i] * less);
-                                    }
-                                }
-                                if token.sign < 0 {
-                                    for i in 0..TILE_ROWS {
-                                        sums[i] = sums[i].wrapping_neg();
-                                    }
+                            }
+                            if token.sign < 0 {
+                                for i in 0..TILE_ROWS {
+                                    sums[i] = sums[i].wrapping_neg();
                                 }
                             }
                         }
@@ -400,7 +399,8 @@ mod tests {
                         gemm.fill(&x, i * size..tokens.min((i + 1) * size), groups, panel);
                     }
                     let mut sums = vec![i32::MIN; tiles * tokens * TILE_ROWS];
-                    gemm.multiply(packed.data(), groups, &panels, size, tokens, &mut sums);
+                    let all = packed.weight_tiles(0..tiles, packed.row_terms(gemm, &pool));
+                    gemm.multiply(all, &panels, size, tokens, &mut sums);
                     for (row, t) in (0..rows).flat_map(|row| (0..tokens).map(move |t| (row, t))) {
                         let products =
                             (0..cols).map(|k| i32::from(code(t, k)) * (1 + i32::from(weights[row * cols + k])));

@@ -25,7 +25,7 @@ use std::ops::Range;
 
 use super::Avx512Vnni;
 use crate::backend::activation::QuantizedRows;
-use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel};
+use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles};
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 use tiles::{Config, Permission, REGISTER_ROWS, Row, Tiles, Unit};
 
@@ -114,7 +114,8 @@ impl<U: Unit> PanelGemm for Amx<U> {
         }
     }
 
-    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+    fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+        let WeightTiles { data: tiles, groups, .. } = tiles;
         let count = sums.len() / (TILE_ROWS * tokens);
         assert!((1..=PANEL_TOKENS).contains(&size), "1 to {PANEL_TOKENS} tokens a panel");
         assert!(
