@@ -13,9 +13,9 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod dense_type;
+mod found;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 pub mod gpu;
-mod gpus;
 pub mod host;
 mod layout;
 mod measure;
@@ -29,7 +29,7 @@ mod weights;
 
 pub use batch::{Batch, HostBatch};
 pub use dense_type::DenseType;
-pub use gpus::{Gpu, auto_device, gpus, metal_gpus};
+pub use found::{Gpu, auto_device, gpus, metal_gpus};
 pub use layout::{Arrangement, LayoutId};
 pub use measure::DeviceMemory;
 pub use profile::OpTime;

@@ -6,7 +6,7 @@ use super::cpu::{Cpu, CpuDense, CpuKv, CpuLowRank, CpuOptions};
 #[cfg(feature = "cuda")]
 use super::cuda::{self, Cuda, CudaBatch, CudaDense, CudaKv, CudaLowRank, CudaRope};
 use super::dense_type::DenseType;
-use super::gpus::auto_device;
+use super::found::auto_device;
 use super::host::MappedFile;
 use super::layout::Arrangement;
 #[cfg(feature = "metal")]
