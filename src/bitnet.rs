@@ -5,7 +5,6 @@ use crate::backend::{Backend, DenseType, DeviceMemory};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::hub::HubOptions;
 use crate::checkpoint::{BUILTIN, Checkpoint, ModelFiles};
-use crate::draw::TokenDraw;
 use crate::generate::{GenerateOptions, GenerationDefaults, LanguageModel, Sampled, Sampler, TokenStream};
 use crate::model::config::ModelConfig;
 use crate::model::presets::{Preset, SyntheticWeights};
@@ -13,6 +12,7 @@ use crate::model::{AdaptedWeights, CheckpointWeights, Decoder, Footprint, Logits
 use crate::nn::{HeadChoice, HeadKind, KvCache};
 use crate::ternary::I2sLayout;
 use crate::text::{ChatTemplate, Message, Tokenizer};
+use crate::token_draw::TokenDraw;
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::PathBuf;
