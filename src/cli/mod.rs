@@ -22,6 +22,7 @@ mod preset;
 mod sampling_args;
 pub mod synth;
 pub mod train;
+mod train_args;
 mod train_flags;
 mod train_progress;
 
