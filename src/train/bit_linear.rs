@@ -57,3 +57,23 @@ impl Module for BitLinear {
         grad::bit_linear(x, &weight, self.lambda, Precision::F32)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn lambda_goes_from_a_plain_linear_layer_to_a_quantised_one() {
+        let master = Var::randn(0f32, 0.1, (8, 32), &Device::Cpu).unwrap();
+        let x = Tensor::randn(0f32, 1.0, (3, 32), &Device::Cpu).unwrap();
+        let plain = x.matmul(&master.t().unwrap()).unwrap();
+        let distance = |lambda: f32| {
+            let y = BitLinear::new(master.clone()).with_lambda(lambda).forward(&x).unwrap();
+            (y - &plain).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()
+        };
+        assert!(distance(0.0) < 1e-8 && distance(-1.0) < 1e-8, "{}", distance(0.0));
+        assert!(distance(0.5) > 1e-4 && distance(1.0) > distance(0.5));
+        assert_eq!(distance(1.0), distance(7.0));
+    }
+}
