@@ -152,7 +152,7 @@ impl LoadOptions {
     }
 }
 
-/// A decoder on its device, without text: what `bench` and `logits` need, and what [`BitNet`] is built on.
+/// A decoder on its device, without text: what `bench` and `logits` need, and what [`BitNet`](crate::BitNet) is built on.
 #[derive(Debug)]
 pub struct LoadedDecoder {
     /// The decoder.
