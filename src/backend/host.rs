@@ -181,13 +181,12 @@ fn status_kib(file: &str, key: &str) -> Option<u64> {
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
-/// Physical cores that this process may use: hardware threads that share a core count once.
+/// Threads to use where nobody says how many: [`Topology::threads`] of this machine, which are its physical cores, as far as
+/// this process may use them.
 ///
-/// Falls back to the number of hardware threads where the topology cannot be read.
+/// [`Topology::threads`]: super::topology::Topology::threads
 pub fn physical_cores() -> usize {
-    let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let cores = distinct_cores().unwrap_or(allowed);
-    cores.clamp(1, allowed)
+    super::topology::Topology::here().threads()
 }
 
 /// What macOS tells under a name, as bytes.
@@ -204,35 +203,13 @@ fn sysctl(name: &std::ffi::CStr) -> Option<Vec<u8>> {
 
 /// A number of 4 or 8 bytes that macOS tells.
 #[cfg(target_os = "macos")]
-fn sysctl_number(name: &std::ffi::CStr) -> Option<u64> {
+pub(super) fn sysctl_number(name: &std::ffi::CStr) -> Option<u64> {
     let value = sysctl(name)?;
     match value.len() {
         4 => Some(u32::from_ne_bytes(value.try_into().ok()?).into()),
         8 => Some(u64::from_ne_bytes(value.try_into().ok()?)),
         _ => None,
     }
-}
-
-/// Cores that macOS counts.
-#[cfg(target_os = "macos")]
-fn distinct_cores() -> Option<usize> {
-    sysctl_number(c"hw.physicalcpu")?.try_into().ok().filter(|n| *n > 0)
-}
-
-/// Counts distinct (package, core) pairs in Linux's topology files.
-#[cfg(not(target_os = "macos"))]
-fn distinct_cores() -> Option<usize> {
-    let mut cores = std::collections::BTreeSet::new();
-    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()? {
-        let path = entry.ok()?.path();
-        let id = |name: &str| -> Option<u32> {
-            std::fs::read_to_string(path.join("topology").join(name)).ok()?.trim().parse().ok()
-        };
-        if let (Some(package), Some(core)) = (id("physical_package_id"), id("core_id")) {
-            cores.insert((package, core));
-        }
-    }
-    (!cores.is_empty()).then_some(cores.len())
 }
 
 /// The processor's name, where the system tells.

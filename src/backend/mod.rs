@@ -25,6 +25,7 @@ mod profile;
 mod rope;
 mod select;
 mod steps;
+pub mod topology;
 mod weights;
 
 pub use batch::{Batch, HostBatch};

@@ -4,8 +4,9 @@ use super::model_args::RunArgs;
 use super::preset::{self, Explained};
 use super::{first_line, print};
 use anyhow::Result;
-use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, bandwidth_buffer, read_bandwidth};
+use candle_bitnet::backend::cpu::{CpuOptions, KernelKind, Pool, bandwidth_buffer, read_bandwidth};
 use candle_bitnet::backend::host;
+use candle_bitnet::backend::topology::Topology;
 use candle_bitnet::backend::{Arrangement, Backend, Gpu, auto_device, gpus, metal_gpus};
 use candle_bitnet::bench::EnergyCounters;
 use candle_bitnet::nn::HeadChoice;
@@ -42,6 +43,34 @@ struct Kernel {
     chosen: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
+}
+
+/// Cores that this process may use, and what they mean for threads.
+#[derive(Debug, Serialize)]
+struct Cores {
+    /// Those of which it may use a hardware thread.
+    physical_cores: usize,
+    /// Of a slower kind, not among these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    efficient_cores: Option<usize>,
+    hardware_threads: usize,
+    /// Those of the machine.
+    machine_threads: usize,
+    /// Cores' worth of time that a control group allows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quota_cores: Option<f64>,
+    numa_nodes: Vec<Node>,
+    threads: usize,
+    threads_why: String,
+    /// Whether each worker is kept on a core of its own.
+    threads_seated: bool,
+}
+
+/// A NUMA node, as far as this process may use it.
+#[derive(Debug, Serialize)]
+struct Node {
+    node: usize,
+    cores: usize,
 }
 
 /// A kind of device.
@@ -113,9 +142,8 @@ struct Report {
     version: &'static str,
     cpu: String,
     architecture: &'static str,
-    physical_cores: usize,
-    hardware_threads: usize,
-    threads: usize,
+    #[serde(flatten)]
+    cores: Cores,
     kernels: Vec<Kernel>,
     memory_bytes: Option<u64>,
     available_bytes: Option<u64>,
@@ -158,7 +186,14 @@ pub fn run(args: Args) -> Result<()> {
     };
     let auto = Auto { device: device.to_string(), why };
     let why = if args.run.kernel.is_some() { "asked for with --kernel" } else { "the fastest usable" };
-    let report = report(&Backend::new(&Device::Cpu, options)?, why, auto, gpu_check)?;
+    let asked = match (args.run.threads, args.run.preset) {
+        (Some(_), _) => Some("asked for with --threads".into()),
+        (None, Some(preset)) => Some(format!("--preset {}", preset.name)),
+        (None, None) => None,
+    };
+    let backend = Backend::new(&Device::Cpu, options)?;
+    let cores = cores(Topology::here(), backend.cpu().pool(), asked);
+    let report = report(&backend, cores, why, auto, gpu_check)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? } else { describe(&report) };
     print(&text)?;
     let wrong = |part: &&Part| part.problem.is_some();
@@ -170,7 +205,52 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Checked>) -> Result<Report> {
+/// The cores, and why there are so many threads.
+fn cores(here: &Topology, pool: &Pool, asked: Option<String>) -> Cores {
+    Cores {
+        physical_cores: here.cores(),
+        efficient_cores: Some(here.efficient_cores()).filter(|n| *n > 0),
+        hardware_threads: here.hardware_threads(),
+        machine_threads: here.online_threads(),
+        quota_cores: here.quota(),
+        numa_nodes: here.nodes().into_iter().map(|(node, cores)| Node { node, cores }).collect(),
+        threads: pool.threads(),
+        threads_why: asked.unwrap_or_else(|| here.why()),
+        threads_seated: pool.is_seated(),
+    }
+}
+
+impl Cores {
+    /// In two lines.
+    fn describe(&self) -> String {
+        let mut text = format!("cores        {} physical", self.physical_cores);
+        text += &self.efficient_cores.map(|n| format!(" (and {n} of a slower kind)")).unwrap_or_default();
+        text += &format!(", {} hardware threads", self.hardware_threads);
+        if self.hardware_threads < self.machine_threads && self.efficient_cores.is_none() {
+            text += &format!(" of the machine's {}", self.machine_threads);
+        }
+        text += &self.quota_cores.map(|quota| format!(", a quota of {quota:.1} cores")).unwrap_or_default();
+        let threads = if self.threads == 1 { "1 thread".into() } else { format!("{} threads", self.threads) };
+        let of_node = |node: &Node| format!("node {}: {}", node.node, node.cores);
+        let nodes: Vec<_> = self.numa_nodes.iter().map(of_node).collect();
+        let seats = match (nodes.len(), self.threads_seated) {
+            (1, _) => "1 node".into(),
+            (n, true) => format!("{n} nodes (cores of {}); each worker is kept on its core", nodes.join(", ")),
+            (n, false) => {
+                format!("{n} nodes (cores of {}); the threads fit on one, none is kept there", nodes.join(", "))
+            }
+        };
+        format!("{text}; {threads}: {}\nNUMA         {seats}\n", self.threads_why)
+    }
+}
+
+fn report(
+    backend: &Backend,
+    cores: Cores,
+    why: &'static str,
+    auto: Auto,
+    gpu_check: Option<Checked>,
+) -> Result<Report> {
     let cpu = backend.cpu();
     let usable = KernelKind::available();
     let kernels = KernelKind::ALL.map(|k| Kernel {
@@ -190,9 +270,7 @@ fn report(backend: &Backend, why: &'static str, auto: Auto, gpu_check: Option<Ch
         version: env!("CARGO_PKG_VERSION"),
         cpu: host::cpu_name().unwrap_or_else(|| "unknown".into()),
         architecture: std::env::consts::ARCH,
-        physical_cores: host::physical_cores(),
-        hardware_threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        threads: cpu.pool().threads(),
+        cores,
         kernels: kernels.into(),
         memory_bytes: host::total_bytes(),
         available_bytes: host::available_bytes(),
@@ -285,17 +363,15 @@ fn self_check(backend: &Backend) -> Result<()> {
 fn describe(r: &Report) -> String {
     let gb = |bytes: Option<u64>| bytes.map_or("unknown".into(), |b| format!("{:.1} GB", b as f64 / 1e9));
     let mut text = format!(
-        "bitnet {}\nCPU          {} ({})\ncores        {} physical, {} hardware threads; {} used\n\
+        "bitnet {}\nCPU          {} ({})\n{}\
          memory       {}, {} available\nread         {}\nenergy       {}\nself-check   {}\n\nkernels, fastest first:\n",
         r.version,
         r.cpu,
         r.architecture,
-        r.physical_cores,
-        r.hardware_threads,
-        r.threads,
+        r.cores.describe(),
         gb(r.memory_bytes),
         gb(r.available_bytes),
-        r.read_gbps.map_or("not measured".into(), |g| format!("{g:.1} GB/s with {} threads", r.threads)),
+        r.read_gbps.map_or("not measured".into(), |g| format!("{g:.1} GB/s with {} threads", r.cores.threads)),
         match (r.energy_packages, &r.energy_unreadable) {
             (Some(n), _) => format!("readable, {n} CPU package{}", if n == 1 { "" } else { "s" }),
             (None, reason) => format!("not readable: {}", reason.as_deref().unwrap_or("unknown")),
@@ -361,4 +437,47 @@ fn table(parts: &[Part]) -> String {
         text += &format!("{:24} {:>6} {:>6} {:>8.1}  {result}\n", p.kernels, p.cases, p.aside, p.seconds);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_explained() {
+        let node = |node, cores| Node { node, cores };
+        let two = Cores {
+            physical_cores: 48,
+            efficient_cores: None,
+            hardware_threads: 96,
+            machine_threads: 128,
+            quota_cores: None,
+            numa_nodes: vec![node(0, 32), node(1, 16)],
+            threads: 48,
+            threads_why: "one for each core that the affinity mask allows".into(),
+            threads_seated: true,
+        };
+        assert_eq!(
+            two.describe(),
+            "cores        48 physical, 96 hardware threads of the machine's 128; 48 threads: one for each core that the \
+             affinity mask allows\nNUMA         2 nodes (cores of node 0: 32, node 1: 16); each worker is kept on its core\n"
+        );
+        let few = Cores { threads: 1, threads_why: "asked for with --threads".into(), threads_seated: false, ..two };
+        let text = few.describe();
+        assert!(text.contains("; 1 thread: asked for") && text.contains("fit on one, none is kept"), "{text}");
+        let container = Cores { quota_cores: Some(2.5), numa_nodes: vec![node(0, 48)], ..few };
+        let text = container.describe();
+        assert!(text.contains(", a quota of 2.5 cores; ") && text.ends_with("NUMA         1 node\n"), "{text}");
+        let apple = Cores { efficient_cores: Some(4), hardware_threads: 8, quota_cores: None, ..container };
+        assert!(apple.describe().contains("48 physical (and 4 of a slower kind), 8 hardware threads; "));
+    }
+
+    #[test]
+    fn this_machine_has_cores() {
+        let here = Topology::here();
+        let cores = cores(here, &Pool::new(here.threads()), None);
+        assert_eq!((cores.threads, cores.physical_cores), (here.threads(), here.cores()));
+        assert_eq!(cores.threads_why, here.why());
+        assert_eq!(cores.numa_nodes.iter().map(|node| node.cores).sum::<usize>(), cores.physical_cores);
+    }
 }

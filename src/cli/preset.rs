@@ -13,7 +13,7 @@ pub struct Preset {
     pub name: &'static str,
     /// What it is for.
     pub about: &'static str,
-    /// Of the physical cores, one in so many; and at most so many.
+    /// Of the cores that this process may use, one in so many; and at most so many.
     cores: (usize, usize),
     /// Positions of a sequence, at most; the model may have fewer.
     pub context: usize,
@@ -65,7 +65,7 @@ pub const PRESETS: [Preset; 4] = [
 ];
 
 impl Preset {
-    /// Threads on a machine with so many physical cores.
+    /// Threads where so many cores may be used.
     pub fn threads(&self, cores: usize) -> usize {
         let (part, most) = self.cores;
         (cores / part).clamp(1, most)
@@ -104,7 +104,7 @@ pub struct Explained {
     fits: bool,
 }
 
-/// All presets, and why one of them fits a machine with so many physical cores, so much memory and a GPU or not.
+/// All presets, and why one of them fits a machine with so many cores to use, so much memory and a GPU or not.
 pub fn explain(cores: usize, memory: Option<u64>, gpu: bool) -> (Vec<Explained>, String) {
     let gb = memory.map_or(0.0, |bytes| bytes as f64 / 1e9);
     let fitting = match (cores, gb) {
@@ -116,7 +116,7 @@ pub fn explain(cores: usize, memory: Option<u64>, gpu: bool) -> (Vec<Explained>,
     };
     let memory = if memory.is_some() { format!("{gb:.1} GB of memory") } else { "unknown memory".into() };
     let gpu = if gpu { ", and a GPU" } else { "" };
-    let why = format!("{fitting} fits: {cores} physical core{}, {memory}{gpu}", if cores == 1 { "" } else { "s" });
+    let why = format!("{fitting} fits: {cores} core{} to use, {memory}{gpu}", if cores == 1 { "" } else { "s" });
     let explained = PRESETS.map(|p| Explained {
         name: p.name,
         about: p.about,

@@ -152,10 +152,12 @@ fn doctor_names_the_kernel_and_why() {
     assert_eq!((chosen.len(), kernels.len()), (1, KernelKind::ALL.len()));
     assert_eq!(chosen[0]["name"], KernelKind::available()[0].name());
     assert_eq!(chosen[0]["reason"], "the fastest usable");
-    for key in ["physical_cores", "threads", "memory_bytes", "read_gbps"] {
+    for key in ["physical_cores", "hardware_threads", "machine_threads", "threads", "memory_bytes", "read_gbps"] {
         assert!(json[key].as_f64() > Some(0.0), "{key}: {json}");
     }
-    let text = run(&["doctor", "--kernel", "generic"]).ok();
+    assert!(json["numa_nodes"][0]["cores"].as_u64() > Some(0) && json["threads_seated"].is_boolean(), "{json}");
+    let text = run(&["doctor", "--kernel", "generic", "--threads", "1"]).ok();
+    assert!(text.contains("; 1 thread: asked for with --threads\nNUMA         "), "{text}");
     assert!(text.contains("chosen: asked for with --kernel") && text.contains("cuda"), "{text}");
     let devices = json["devices"].as_array().unwrap();
     let names: Vec<&str> = devices.iter().map(|d| d["name"].as_str().unwrap()).collect();

@@ -4,7 +4,7 @@
 //! `logit = s Σ c x` with `s = max|w| / 127`, `c = round(w / s)` and f32 inputs, each row one chain of 16 lanes as in `dense`,
 //! so that logits do not depend on how many rows are computed together.
 
-use super::dense::{CpuDense, TASK_ROWS, rows_times_tokens};
+use super::dense::{CpuDense, TASK_ROWS, Target, products};
 use super::isa::{Isa, per_isa};
 use super::lanes::{Stored, round_to_int};
 use super::output::OutputColumns;
@@ -100,23 +100,9 @@ pub(super) fn int8_linear(isa: Isa, pool: &Pool, w: &CpuInt8, x: &[f32], out: Ou
         return Err(Error::Shape { op: "int8 head", reason });
     }
     let width = out.width;
-    let base = out.begin("int8 head", tokens, w.rows)?;
-    let codes: &[i8] = bytemuck::cast_slice(&w.codes);
-    pool.run(w.rows.div_ceil(TASK_ROWS), &|task| {
-        let first = task * TASK_ROWS;
-        let scales = &w.scales[first..(first + TASK_ROWS).min(w.rows)];
-        // SAFETY: first < rows; this task alone writes the columns from first on of every token, as many as it has rows,
-        // all inside the output by the check of `begin`.
-        let out = SendPtr(unsafe { base.get().add(first) });
-        let rows = &codes[first * w.cols..][..scales.len() * w.cols];
-        rows_times_tokens::<i8>(isa, rows, w.cols, x, width, false, SendPtr(out.get()));
-        for (r, scale) in scales.iter().enumerate() {
-            for t in 0..tokens {
-                // SAFETY: as above.
-                unsafe { *out.get().add(t * width + r) *= scale };
-            }
-        }
-    });
+    let at = &out.begin("int8 head", tokens, w.rows)?;
+    let to = Target { at, width, add: false, scales: Some(&w.scales) };
+    products::<i8>(isa, pool, bytemuck::cast_slice(&w.codes), w.cols, x, to);
     Ok(())
 }
 
@@ -163,6 +149,27 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(first.get_or_insert(out.clone()), &out);
+            }
+        }
+    }
+
+    #[test]
+    fn batches_of_any_size_have_the_bits_of_single_tokens() {
+        let pool = Pool::new(2);
+        for (rows, cols) in [(1, 1), (3, 64), (33, 201), (70, 63), (5, 700)] {
+            let m = head(rows, cols, |i| ((i * 7919 % 1013) as f32 - 500.0) / 700.0);
+            let x: Vec<f32> = (0..33 * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 23.0).collect();
+            for isa in Isa::available() {
+                let w = CpuInt8::new(isa, &pool, &m).unwrap().unwrap();
+                let product = |x: &[f32]| {
+                    let mut out = vec![f32::NAN; x.len() / cols * rows];
+                    int8_linear(isa, &pool, &w, x, OutputColumns::whole(&mut out, rows)).unwrap();
+                    out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+                };
+                let alone: Vec<_> = x.chunks_exact(cols).flat_map(product).collect();
+                for tokens in 1..=33 {
+                    assert_eq!(product(&x[..tokens * cols]), alone[..tokens * rows], "{rows} {cols} {tokens} {isa:?}");
+                }
             }
         }
     }

@@ -3,7 +3,13 @@
 //! One dispatch per operation. Every thread has its own run of tasks and claims them one by one, in order, so that it
 //! reads one stream; when it has none left it takes over those of others. So a core that is taken away for a moment
 //! delays one task and not the operation. A worker that wakes late finds the operation closed and touches nothing.
+//!
+//! A run is the same part of every operation of one size. Where the threads are on several NUMA nodes, each worker is kept on
+//! its core, so that what it writes first, its part of the weights, lies in its node's memory and is read from there; and it
+//! takes over tasks of its own node first. The caller belongs to the program and is not moved: its core is the one that is
+//! left free.
 
+use crate::backend::topology::{Seats, Topology, keep_this_thread_on};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -28,6 +34,8 @@ struct Shared {
     tasks: AtomicUsize,
     /// The next task of each thread's run.
     next: Vec<Padded>,
+    /// Where threads are kept, if they are.
+    seats: Option<Seats>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     spin: Duration,
@@ -66,14 +74,20 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Pool {
-    /// A pool of `threads` threads (at least one), the caller included.
+    /// A pool of `threads` threads (at least one), the caller included; on a machine with several NUMA nodes, seated as
+    /// [`Topology::seats`] says.
     pub fn new(threads: usize) -> Self {
+        Self::seated(threads, Topology::here().seats(threads))
+    }
+
+    fn seated(threads: usize, seats: Option<Seats>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             task: Mutex::new(None),
             tasks: AtomicUsize::new(0),
             next: (0..threads.max(1)).map(|_| Padded(AtomicUsize::new(0))).collect(),
+            seats,
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
             // More spinning threads than cores would take the core from the one that has work.
@@ -82,13 +96,24 @@ impl Pool {
         let spawn = |i| {
             let (shared, sleeping) = (Arc::clone(&shared), Arc::new(AtomicBool::new(false)));
             let flag = Arc::clone(&sleeping);
-            let body = move || shared.work(i, &flag);
+            let body = move || {
+                if let Some(core) = shared.seats.as_ref().and_then(|seats| seats.cores.get(i).map(Vec::as_slice)) {
+                    // A worker that the system does not let sit there works elsewhere.
+                    keep_this_thread_on(core);
+                }
+                shared.work(i, &flag);
+            };
             // A system that refuses threads leaves a smaller pool, which is slower and right.
             let handle = std::thread::Builder::new().name(format!("bitnet-{i}")).spawn(body).ok()?;
             Some(Worker { thread: handle.thread().clone(), sleeping, handle: Some(handle) })
         };
         let workers = (1..threads.max(1)).map_while(spawn).collect();
         Self { shared, workers, busy: Mutex::new(()) }
+    }
+
+    /// Whether each worker is kept on a core of its own, because they are on several NUMA nodes.
+    pub fn is_seated(&self) -> bool {
+        self.shared.seats.is_some()
     }
 
     /// Threads that take part, the caller included.
@@ -151,10 +176,14 @@ impl Pool {
 }
 
 impl Shared {
-    /// Runs tasks until none is left, first those of thread `me`.
+    /// Runs tasks until none is left, first those of thread `me`, then those of its node.
     fn claim(&self, me: usize, tasks: usize, task: &Task<'_>) {
         let n = self.next.len();
-        for owner in (0..n).map(|i| (me + i) % n) {
+        let all = 0..n;
+        let near = self.seats.as_ref().and_then(|seats| seats.neighbours.get(me)).unwrap_or(&all);
+        let here = (0..near.len()).map(|i| near.start + (me - near.start + i) % near.len());
+        let elsewhere = (near.end..n).chain(0..near.start);
+        for owner in here.chain(elsewhere) {
             let end = run_of(owner, n, tasks).end;
             loop {
                 let i = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
@@ -264,6 +293,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn seated_threads_run_every_task_and_those_of_their_node_first() {
+        // Two nodes, wherever these threads may be: a seat that is refused is no reason not to work.
+        let seats = Seats { cores: vec![vec![0]; 5], neighbours: vec![0..3, 0..3, 0..3, 3..5, 3..5] };
+        let pool = Pool::seated(5, Some(seats));
+        assert!(pool.is_seated() && pool.threads() == 5);
+        for round in 0..50 {
+            let counts: Vec<_> = (0..40).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(40, &|i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{round}");
+        }
+        // Alone, a thread takes its own run, then its node's, then the others'.
+        let order = |me| {
+            for (i, next) in pool.shared.next.iter().enumerate() {
+                next.0.store(run_of(i, 5, 10).start, Ordering::Relaxed);
+            }
+            let order = Mutex::new(Vec::new());
+            pool.shared.claim(me, 10, &|i| lock(&order).push(i));
+            order.into_inner().unwrap()
+        };
+        assert_eq!(order(1), [2, 3, 4, 5, 0, 1, 6, 7, 8, 9]);
+        assert_eq!(order(4), [8, 9, 6, 7, 0, 1, 2, 3, 4, 5]);
     }
 
     #[test]
