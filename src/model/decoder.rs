@@ -29,7 +29,7 @@ pub enum Logits {
     /// Those after each sequence's last token: `[sequences, vocab]`.
     Last,
     /// As [`Logits::Last`], where only the k largest of each sequence matter, of equal ones the first, k up to 64: others may
-    /// be −∞ instead. With a screened head ([`OutputHead`]) and up to two sequences this reads less.
+    /// be −∞ instead. With a screened head ([`OutputHead`]) and up to three sequences this reads less.
     Top(usize),
     /// Those after every token, sequences one after the other: `[tokens, vocab]`.
     All,

@@ -1,8 +1,8 @@
 //! Products with dense weights (the output head, unconverted projections) and embedding rows.
 //!
 //! Weights stay in their stored type and are widened in registers, 16 at a time. Every (row, token) is one
-//! chain of 16 lanes in one order, so a token's logits do not depend on how many tokens are computed with it: few are computed
-//! row by row, many in tiles.
+//! chain of 16 lanes in one order, so a token's logits do not depend on how many tokens are computed with it: one is computed
+//! row by row, several in tiles.
 
 mod tiled;
 
@@ -134,9 +134,8 @@ const SUMS: usize = 4 * LANES;
 const PASS_TOKENS: usize = 4;
 /// Rows of a task: 160 KB of a bf16 head of width 2560.
 pub(super) const TASK_ROWS: usize = 32;
-/// Tokens from which on tiles are faster than rows: on two cores of an EPYC 9004 by a tenth at 3, by 1.4 at 4 and by 2.2 at
-/// 32, with AVX-512; AVX2 and what every CPU has win from 3 on as well.
-const TILED_TOKENS: usize = 3;
+/// Tokens from which on tiles are faster than rows: on a core of an EPYC 9004 by 1.1 at 2, by 1.8 at 3 and 4 and by 2.2 at 32.
+const TILED_TOKENS: usize = 2;
 /// Most bytes of tokens laid out at a time, so that they stay in the last level of the caches.
 const PANEL_BYTES: usize = 8 << 20;
 
@@ -218,12 +217,7 @@ per_isa! {
                 (0..PASS_TOKENS).for_each(|i| put(t + i, r, y[i]));
                 t += PASS_TOKENS;
             }
-            if t + 2 <= tokens {
-                let y = pass::<E, 2>(row, [token(t), token(t + 1)]);
-                (0..2).for_each(|i| put(t + i, r, y[i]));
-                t += 2;
-            }
-            if t < tokens {
+            for t in t..tokens {
                 put(t, r, pass::<E, 1>(row, [token(t)])[0]);
             }
         }
