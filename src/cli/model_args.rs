@@ -33,7 +33,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = parse::<DeviceChoice>)]
     pub device: DeviceChoice,
 
-    /// Ternary kernel of the CPU instead of the fastest [generic, avx2, avx-vnni, avx512-vnni, avx512-vbmi, amx-int8, neon, neon-dotprod]
+    /// Ternary kernel of the CPU instead of the fastest [generic, avx2, avx-vnni, avx512-vnni, avx512-vbmi, amx-int8, neon, neon-dotprod, neon-i8mm]
     #[arg(long, value_name = "KERNEL", value_parser = parse::<KernelKind>)]
     pub kernel: Option<KernelKind>,
 

@@ -1,11 +1,16 @@
 //! Run-time vector width for the dense operations, which are written once in portable Rust.
 //!
 //! The bodies use fixed lanes and no fused multiply-add, so every width gives the same bits; only the speed
-//! differs.
+//! differs. aarch64 has one width, and integer dot products or not.
 
 /// Proof that a vector width can be used on this CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Isa(Level);
+pub struct Isa {
+    level: Level,
+    /// Whether `sdot` can be used.
+    #[cfg(target_arch = "aarch64")]
+    dotprod: bool,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Level {
@@ -19,13 +24,28 @@ pub(super) enum Level {
 impl Isa {
     /// The target's baseline (SSE2 on x86-64, NEON on aarch64).
     pub fn portable() -> Self {
-        Self(Level::Portable)
+        Self::of(Level::Portable)
+    }
+
+    fn of(level: Level) -> Self {
+        Self {
+            level,
+            #[cfg(target_arch = "aarch64")]
+            dotprod: false,
+        }
+    }
+
+    /// NEON with `sdot`, if this CPU has dotprod.
+    #[cfg(target_arch = "aarch64")]
+    pub fn dotprod() -> Option<Self> {
+        let has = std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod");
+        has.then_some(Self { dotprod: true, ..Self::portable() })
     }
 
     /// 256-bit vectors, if this CPU has AVX2.
     #[cfg(target_arch = "x86_64")]
     pub fn avx2() -> Option<Self> {
-        is_x86_feature_detected!("avx2").then_some(Self(Level::Avx2))
+        is_x86_feature_detected!("avx2").then_some(Self::of(Level::Avx2))
     }
 
     /// 512-bit vectors, if this CPU has AVX-512 F, BW, DQ and VL.
@@ -35,7 +55,7 @@ impl Isa {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        has.then_some(Self(Level::Avx512))
+        has.then_some(Self::of(Level::Avx512))
     }
 
     /// The widest that this CPU has.
@@ -43,6 +63,10 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         if let Some(wide) = Self::avx512().or_else(Self::avx2) {
             return wide;
+        }
+        #[cfg(target_arch = "aarch64")]
+        if let Some(dotprod) = Self::dotprod() {
+            return dotprod;
         }
         Self::portable()
     }
@@ -52,13 +76,21 @@ impl Isa {
     pub fn available() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
         let wide = [Self::avx2(), Self::avx512()];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let wide = [Self::dotprod()];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let wide = [None; 0];
         std::iter::once(Self::portable()).chain(wide.into_iter().flatten()).collect()
     }
 
     pub(super) fn level(self) -> Level {
-        self.0
+        self.level
+    }
+
+    /// Whether NEON and `sdot` were found.
+    #[cfg(target_arch = "aarch64")]
+    pub(super) fn has_dotprod(self) -> bool {
+        self.dotprod
     }
 }
 

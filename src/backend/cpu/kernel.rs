@@ -180,16 +180,19 @@ pub enum KernelKind {
     Neon,
     /// aarch64 `sdot`.
     NeonDotprod,
+    /// aarch64 `sdot` in decode, `smmla` in prefill.
+    NeonI8mm,
 }
 
 impl KernelKind {
     /// All kernels, fastest first within an architecture.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::AmxInt8,
         Self::Avx512Vbmi,
         Self::Avx512Vnni,
         Self::AvxVnni,
         Self::Avx2,
+        Self::NeonI8mm,
         Self::NeonDotprod,
         Self::Neon,
         Self::Generic,
@@ -206,6 +209,7 @@ impl KernelKind {
             Self::AmxInt8 => "amx-int8",
             Self::Neon => "neon",
             Self::NeonDotprod => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
         }
     }
 
@@ -220,13 +224,14 @@ impl KernelKind {
             Self::AmxInt8 => "x86-64 with AVX-512 F, BW and VNNI, AMX for bytes, and Linux's leave to use it",
             Self::Neon => "aarch64 with NEON",
             Self::NeonDotprod => "aarch64 with NEON and dotprod",
+            Self::NeonI8mm => "aarch64 with NEON, dotprod and i8mm",
         }
     }
 
     /// The kernel, if this CPU can run it.
     pub fn instance(self) -> Option<Box<dyn TernaryKernel>> {
         #[cfg(target_arch = "aarch64")]
-        use super::aarch64::{Neon, NeonDotprod};
+        use super::aarch64::{Neon, NeonDotprod, NeonI8mm};
         #[cfg(target_arch = "x86_64")]
         use super::x86_64::{AmxInt8, Avx2, Avx512Vbmi, Avx512Vnni, AvxVnni};
         fn boxed<K: TernaryKernel + 'static>(k: Option<K>) -> Option<Box<dyn TernaryKernel>> {
@@ -248,6 +253,8 @@ impl KernelKind {
             Self::Neon => boxed(Neon::new()),
             #[cfg(target_arch = "aarch64")]
             Self::NeonDotprod => boxed(NeonDotprod::new()),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm => boxed(NeonI8mm::new()),
             _ => None,
         }
     }

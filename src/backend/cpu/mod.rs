@@ -106,6 +106,8 @@ impl Cpu {
             KernelKind::AmxInt8 | KernelKind::Avx512Vnni | KernelKind::Avx512Vbmi => Isa::avx512().or_else(Isa::avx2),
             #[cfg(target_arch = "x86_64")]
             KernelKind::Avx2 | KernelKind::AvxVnni => Isa::avx2(),
+            #[cfg(target_arch = "aarch64")]
+            KernelKind::NeonI8mm | KernelKind::NeonDotprod => Isa::dotprod(),
             _ => None,
         };
         let isa = isa.unwrap_or_else(Isa::portable);

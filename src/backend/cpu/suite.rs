@@ -157,6 +157,7 @@ kernel_suite! {
 kernel_suite! {
     neon: super::aarch64::Neon::new();
     neon_dotprod: super::aarch64::NeonDotprod::new();
+    neon_i8mm: super::aarch64::NeonI8mm::new();
 }
 
 #[test]

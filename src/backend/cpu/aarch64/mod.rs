@@ -2,13 +2,17 @@
 
 mod neon;
 mod neon_dotprod;
+mod neon_i8mm;
 
 pub use neon::Neon;
 pub use neon_dotprod::NeonDotprod;
+pub use neon_i8mm::NeonI8mm;
+
+pub(super) use neon_dotprod::{dot, dot_columns};
 
 /// Asks for the cache line 4 KiB ahead of `line`, as on x86-64: decode is limited by outstanding memory requests.
 #[inline(always)]
-fn prefetch(line: *const u8) {
+pub(super) fn prefetch(line: *const u8) {
     // SAFETY: `prfm` is part of aarch64 and never faults, wherever it points; it changes no register and no memory.
     unsafe {
         std::arch::asm!("prfm pldl1keep, [{line}, #4096]", line = in(reg) line, options(readonly, nostack, preserves_flags));
@@ -39,6 +43,8 @@ mod tests {
         println!("kernels: {}", names.join(" "));
         let dotprod = std::arch::is_aarch64_feature_detected!("dotprod");
         assert_eq!(available.contains(&KernelKind::NeonDotprod), dotprod);
+        let i8mm = dotprod && std::arch::is_aarch64_feature_detected!("i8mm");
+        assert_eq!(available.contains(&KernelKind::NeonI8mm), i8mm);
         let chosen = Cpu::new(CpuOptions::default()).unwrap().kernel();
         println!("chosen: {chosen}");
         assert_eq!(Some(&chosen), available.first());

@@ -53,7 +53,7 @@ impl TernaryKernel for NeonDotprod {
 /// Adds codes times the word of position P and token I of T; `words` is the register that holds word P · T + I.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn dot<const T: usize, const P: usize, const I: usize>(
+pub(in crate::backend::cpu) fn dot<const T: usize, const P: usize, const I: usize>(
     mut acc: int32x4_t,
     codes: uint8x16_t,
     words: int8x16_t,
@@ -66,6 +66,23 @@ fn dot<const T: usize, const P: usize, const I: usize>(
             codes = in(vreg) codes,
             words = in(vreg) words,
             lane = const (P * T + I) % 4,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    acc
+}
+
+/// Adds codes times as many inputs, four of them in each lane.
+#[inline]
+#[target_feature(enable = "neon,dotprod")]
+pub(in crate::backend::cpu) fn dot_columns(mut acc: int32x4_t, codes: uint8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: as in `dot`.
+    unsafe {
+        asm!(
+            "sdot {acc:v}.4s, {codes:v}.16b, {x:v}.16b",
+            acc = inout(vreg) acc,
+            codes = in(vreg) codes,
+            x = in(vreg) x,
             options(pure, nomem, nostack, preserves_flags)
         );
     }
