@@ -9,15 +9,15 @@
 //! ```
 //!
 //! A `smmla` is 32 multiplications, a `sdot` 16. A pass is 8 rows by N ≤ 6 pairs of tokens: 4 · N of the 32 registers are
-//! sums, 4 weights, 1 tokens. Per 16 columns of a half tile, with T = 2N tokens:
-//! - one panel, codes decoded where they are met: 2 loads, 18 instructions to decode, 1 prefetch, T loads, 4 T `smmla`. NEON
-//!   with dotprod takes 2, 12, T and 8 T from 5 tokens on: 122 instructions for 12 tokens, of which 108 are arithmetic,
-//!   instead of 81 and 66 here. Four tokens are 41 and 34 here, 48 and 44 there; fewer are left to dotprod.
-//! - more panels: [`LINES`] lines of a tile are decoded at a time and stay in the first-level cache (10 KB) for all panels of
-//!   the block, each of which brings 7.5 KB, so that 8 loads and T loads go with 4 T `smmla`. For 8 panels of 12 tokens,
-//!   decoding (2 loads, 18 instructions, 8 stores) is a 20th of the instructions: 72 for 12 tokens, 50 of them arithmetic,
-//!   where dotprod has 108, and 48 of the 50 are `smmla`. Where a core starts as many `smmla` a cycle as `sdot`, that is
-//!   twice dotprod's rate; this is counted, not measured.
+//! sums, 4 weights, 1 tokens. For 16 columns of half a tile, with T = 2N tokens:
+//! - one panel of up to 10 tokens, its codes decoded where they are met: 2 loads, 1 prefetch, 18 instructions that decode, T
+//!   loads, 4 T `smmla`; NEON with dotprod decodes by 12, then has T loads and 8 T `sdot`. Arithmetic is 58 instructions for
+//!   10 tokens where dotprod has 92, and 34 for 4 where it has 44. It has no more for 3, which are left to it.
+//! - otherwise [`LINES`] lines of a tile are decoded at a time and stay in the first-level cache (10 KB) for all panels of
+//!   the block, each of which brings 7.5 KB: 8 loads, T loads, 4 T `smmla`. Decoding (2 loads, 18 instructions, 8 stores)
+//!   is once for all panels: arithmetic is 66 instructions for one panel of 12 tokens and 50.25 for each of 8, where
+//!   dotprod has 108. Where a core starts as many `smmla` a cycle as `sdot`, that is up to 2.1 times dotprod's rate;
+//!   this is counted, not measured.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -38,6 +38,8 @@ const DECODED_LINE: usize = 4 * HALF_LINE;
 const LINES: usize = 40;
 /// Tokens of a panel: six pairs.
 const PANEL_TOKENS: usize = 12;
+/// Most tokens with which codes, decoded where they are met, fit into the registers.
+const DIRECT_TOKENS: usize = 10;
 /// Tokens from which on pairs are faster, by the instructions above.
 const MIN_TOKENS: usize = 4;
 /// A call's tiles and panels: 48 KB of sums, and 60 KB of panels in use at a time.
@@ -121,10 +123,10 @@ impl PanelGemm for NeonI8mm {
         );
         // SAFETY: `new` found the features; tiles, panels and sums have the sizes above.
         unsafe {
-            if tokens <= size {
-                one_panel(tiles, groups, panels.as_ptr().cast(), tokens, sums);
+            if tokens <= size.min(DIRECT_TOKENS) {
+                direct(tiles, groups, panels.as_ptr().cast(), tokens, sums);
             } else {
-                more_panels(tiles, groups, panels, size, tokens, sums);
+                by_panels(tiles, groups, panels, size, tokens, sums);
             }
         }
     }
@@ -155,38 +157,54 @@ fn multiply_add(mut acc: int32x4_t, tokens: int8x16_t, codes: uint8x16_t) -> int
 #[target_feature(enable = "neon")]
 unsafe fn pairs(line: *const u8) -> [uint8x16_t; 4] {
     // SAFETY: as the caller vouches.
-    let [low, high] = [0, 16].map(|at| unsafe {
-        let w = vreinterpretq_u32_u8(vld1q_u8(line.add(at)));
-        let next = vreinterpretq_u32_u8(vshrq_n_u8::<2>(vreinterpretq_u8_u32(w)));
-        [vzip1q_u32(w, next), vzip2q_u32(w, next)].map(|v| vreinterpretq_u8_u32(v))
-    });
-    [low[0], low[1], high[0], high[1]]
+    let [a, b] = unsafe { [vld1q_u8(line), vld1q_u8(line.add(16))] };
+    let ([a, next_a], [b, next_b]) = (beside(a), beside(b));
+    [vzip1q_u32(a, next_a), vzip2q_u32(a, next_a), vzip1q_u32(b, next_b), vzip2q_u32(b, next_b)]
+        .map(|v| vreinterpretq_u8_u32(v))
 }
 
-/// Runs `$pass::<N>` for the pairs of `$tokens` tokens, 1 to 12.
+/// Four rows with bit pairs 0 and 2 in place, and with 1 and 3.
+#[inline]
+#[target_feature(enable = "neon")]
+fn beside(w: uint8x16_t) -> [uint32x4_t; 2] {
+    [vreinterpretq_u32_u8(w), vreinterpretq_u32_u8(vshrq_n_u8::<2>(w))]
+}
+
+/// The codes of columns 0 to 7 of [`pairs`].
+#[inline]
+#[target_feature(enable = "neon")]
+fn first_columns(z: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+    let mask = vdupq_n_u8(3);
+    [vandq_u8(z[0], mask), vandq_u8(z[1], mask), vandq_u8(z[2], mask), vandq_u8(z[3], mask)]
+}
+
+/// The codes of columns 8 to 15 of [`pairs`].
+#[inline]
+#[target_feature(enable = "neon")]
+fn last_columns(z: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
+    first_columns([vshrq_n_u8::<4>(z[0]), vshrq_n_u8::<4>(z[1]), vshrq_n_u8::<4>(z[2]), vshrq_n_u8::<4>(z[3])])
+}
+
+/// Runs `$pass::<N>` for the pairs of `$tokens` tokens, as many as the caller has checked.
 macro_rules! for_pairs {
-    ($tokens:expr, $pass:ident::<$decoded:literal> $args:tt) => {
-        match $tokens {
-            1..=2 => $pass::<1, $decoded> $args,
-            3..=4 => $pass::<2, $decoded> $args,
-            5..=6 => $pass::<3, $decoded> $args,
-            7..=8 => $pass::<4, $decoded> $args,
-            9..=10 => $pass::<5, $decoded> $args,
-            _ => $pass::<6, $decoded> $args,
+    ($tokens:expr, [$($n:literal)*], $pass:ident::<$decoded:literal> $args:tt) => {
+        match $tokens.div_ceil(2) {
+            $($n => $pass::<$n, $decoded> $args,)*
+            _ => unreachable!("checked by multiply"),
         }
     };
 }
 
 /// # Safety
-/// NEON and i8mm; `tiles` holds as many tiles of `groups` lines as `sums` of `tokens` ≤ 12 tokens, `panel` a panel of them.
+/// NEON and i8mm; `tiles` holds as many tiles of `groups` lines as `sums` of `tokens` ≤ 10 tokens, `panel` a panel of them.
 #[target_feature(enable = "neon,i8mm")]
-unsafe fn one_panel(tiles: &[u8], groups: usize, panel: *const i8, tokens: usize, sums: &mut [i32]) {
+unsafe fn direct(tiles: &[u8], groups: usize, panel: *const i8, tokens: usize, sums: &mut [i32]) {
     let per_tile = sums.chunks_exact_mut(tokens * TILE_ROWS);
     for (tile, sums) in tiles.chunks_exact(groups * LINE_BYTES).zip(per_tile) {
         for half in 0..2 {
             let (w, sums) = (tile[half * HALF_LINE..].as_ptr(), &mut sums[half * HALF_ROWS..]);
             // SAFETY: the half's bytes of all lines are in the tile, the panel is the caller's.
-            unsafe { for_pairs!(tokens, pass::<false>(w, groups, panel, sums, false)) };
+            unsafe { for_pairs!(tokens, [1 2 3 4 5], pass::<false>(w, groups, panel, sums, false)) };
         }
     }
 }
@@ -199,7 +217,7 @@ struct Decoded([[u8; LINES * DECODED_LINE]; 2]);
 /// NEON and i8mm; `tiles` holds as many tiles of `groups` lines as `sums` of `tokens` tokens, `panels` panels of all of
 /// them, of `size` ≤ 12 tokens each but the last.
 #[target_feature(enable = "neon,i8mm")]
-unsafe fn more_panels(tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+unsafe fn by_panels(tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
     let mut decoded = Decoded([[0; LINES * DECODED_LINE]; 2]);
     let panel_lines = (groups * panel_line(size)).div_ceil(size_of::<Line>());
     for first in (0..groups).step_by(LINES) {
@@ -214,7 +232,7 @@ unsafe fn more_panels(tiles: &[u8], groups: usize, panels: &[Line], size: usize,
                     // SAFETY: `now` lines of the half are decoded, and as many are in this panel from line `first` on.
                     unsafe {
                         let panel = panel.as_ptr().cast::<i8>().add(first * panel_line(tokens));
-                        for_pairs!(tokens, pass::<true>(w, now, panel, sums, first > 0));
+                        for_pairs!(tokens, [1 2 3 4 5 6], pass::<true>(w, now, panel, sums, first > 0));
                     }
                 }
             }
@@ -225,18 +243,28 @@ unsafe fn more_panels(tiles: &[u8], groups: usize, panels: &[Line], size: usize,
 /// Decodes at most [`LINES`] lines.
 #[target_feature(enable = "neon")]
 fn decode(lines: &[u8], out: &mut Decoded) {
-    let mask = vdupq_n_u8(3);
     for (half, out) in out.0.iter_mut().enumerate() {
         for (line, out) in lines.chunks_exact(LINE_BYTES).zip(out.as_chunks_mut::<DECODED_LINE>().0) {
             // SAFETY: a half of a line has 32 bytes, the same decoded 128.
             unsafe {
-                for (i, z) in pairs(line[half * HALF_LINE..].as_ptr()).into_iter().enumerate() {
-                    vst1q_u8(out.as_mut_ptr().add(16 * i), vandq_u8(z, mask));
-                    vst1q_u8(out.as_mut_ptr().add(64 + 16 * i), vandq_u8(vshrq_n_u8::<4>(z), mask));
+                let z = pairs(line[half * HALF_LINE..].as_ptr());
+                for (codes, at) in [first_columns(z), last_columns(z)].as_flattened().iter().zip(0..) {
+                    vst1q_u8(out.as_mut_ptr().add(16 * at), *codes);
                 }
             }
         }
     }
+}
+
+/// Four registers.
+///
+/// # Safety
+/// NEON; 64 bytes at `at`.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn load(at: *const u8) -> [uint8x16_t; 4] {
+    // SAFETY: as the caller vouches.
+    unsafe { [vld1q_u8(at), vld1q_u8(at.add(16)), vld1q_u8(at.add(32)), vld1q_u8(at.add(48))] }
 }
 
 /// Half a tile times N pairs of tokens over some lines; `sums` is their `[token][16]` from the half's first row on, and
@@ -253,24 +281,19 @@ unsafe fn pass<const N: usize, const DECODED: bool>(
     sums: &mut [i32],
     add: bool,
 ) {
-    let mask = vdupq_n_u8(3);
     let mut acc = [[vdupq_n_s32(0); 4]; N];
     let (mut w, mut x) = (w, panel);
     for _ in 0..lines {
         // SAFETY: the half's part of a line, or all of it decoded, and a line of the panel are inside the operands.
         unsafe {
-            let z = if DECODED {
-                [mask; 4]
+            let codes = if DECODED {
+                [load(w), load(w.add(64))]
             } else {
                 prefetch(w);
-                pairs(w)
+                let z = pairs(w);
+                [first_columns(z), last_columns(z)]
             };
-            for columns in 0..2 {
-                let codes: [uint8x16_t; 4] = std::array::from_fn(|i| match (DECODED, columns) {
-                    (true, _) => vld1q_u8(w.add(64 * columns + 16 * i)),
-                    (false, 0) => vandq_u8(z[i], mask),
-                    (false, _) => vandq_u8(vshrq_n_u8::<4>(z[i]), mask),
-                });
+            for codes in codes {
                 for acc in &mut acc {
                     let tokens = vld1q_s8(x);
                     for i in 0..4 {
@@ -282,19 +305,26 @@ unsafe fn pass<const N: usize, const DECODED: bool>(
         }
         w = w.wrapping_add(if DECODED { DECODED_LINE } else { LINE_BYTES });
     }
-    let mut tokens = sums.chunks_mut(TILE_ROWS);
-    for acc in acc {
+    for (n, acc) in acc.into_iter().enumerate() {
         let [a, b, c, d] = acc.map(|v| vreinterpretq_s64_s32(v));
-        let pair = [[vzip1q_s64(a, b), vzip1q_s64(c, d)], [vzip2q_s64(a, b), vzip2q_s64(c, d)]];
-        for (rows, sums) in pair.into_iter().zip(tokens.by_ref()) {
-            for (sums, rows) in sums.chunks_exact_mut(4).zip(rows) {
-                let rows = vreinterpretq_s32_s64(rows);
-                // SAFETY: the chunk has 4 elements.
-                unsafe {
-                    let before = if add { vld1q_s32(sums.as_ptr()) } else { vdupq_n_s32(0) };
-                    vst1q_s32(sums.as_mut_ptr(), vaddq_s32(before, rows));
-                }
+        put(sums, 2 * n, [vzip1q_s64(a, b), vzip1q_s64(c, d)], add);
+        put(sums, 2 * n + 1, [vzip2q_s64(a, b), vzip2q_s64(c, d)], add);
+    }
+}
+
+/// Adds a token's eight sums to those that are there, or replaces them; drops those of a token that is none.
+#[inline]
+#[target_feature(enable = "neon")]
+fn put(sums: &mut [i32], token: usize, rows: [int64x2_t; 2], add: bool) {
+    if let Some(sums) = sums.get_mut(token * TILE_ROWS..token * TILE_ROWS + HALF_ROWS) {
+        let (at, mut rows) = (sums.as_mut_ptr(), rows.map(|rows| vreinterpretq_s32_s64(rows)));
+        // SAFETY: these are eight elements.
+        unsafe {
+            if add {
+                rows = [vaddq_s32(rows[0], vld1q_s32(at)), vaddq_s32(rows[1], vld1q_s32(at.add(4)))];
             }
+            vst1q_s32(at, rows[0]);
+            vst1q_s32(at.add(4), rows[1]);
         }
     }
 }
