@@ -33,7 +33,9 @@ use for_tokens;
 
 #[cfg(test)]
 mod tests {
+    use crate::backend::Arrangement;
     use crate::backend::cpu::{Cpu, CpuOptions, KernelKind};
+    use crate::ternary::{PackedTernary, Scale};
 
     /// Prints its findings: `.ci/run arm` compares them with the CPU that qemu plays.
     #[test]
@@ -48,9 +50,17 @@ mod tests {
         let chosen = Cpu::new(CpuOptions::default()).unwrap().kernel();
         println!("chosen: {chosen}");
         assert_eq!(Some(&chosen), available.first());
+        let weights: Vec<i8> = (0..33 * 333).map(|k| (k * k % 3) as i8 - 1).collect();
+        let weight = PackedTernary::from_weights(33, 333, &weights, Scale::Multiply(1.0)).unwrap();
         for kernel in KernelKind::ALL {
             let forced = Cpu::new(CpuOptions { kernel: Some(kernel), threads: Some(1) });
             assert_eq!(forced.is_ok(), available.contains(&kernel), "{kernel}");
+            if let Ok(cpu) = forced {
+                let screens = matches!(kernel, KernelKind::NeonI8mm | KernelKind::NeonDotprod);
+                assert_eq!(cpu.screens_fast(), screens, "{kernel}");
+                // Its first products, checked by panels too.
+                cpu.pack(std::slice::from_ref(&weight), Arrangement::Stacked).unwrap();
+            }
         }
     }
 }

@@ -12,12 +12,12 @@
 //! sums, 4 weights, 1 tokens. For 16 columns of half a tile, with T = 2N tokens:
 //! - one panel of up to 10 tokens, its codes decoded where they are met: 2 loads, 1 prefetch, 18 instructions that decode, T
 //!   loads, 4 T `smmla`; NEON with dotprod decodes by 12, then has T loads and 8 T `sdot`. Arithmetic is 58 instructions for
-//!   10 tokens where dotprod has 92, and 34 for 4 where it has 44. It has no more for 3, which are left to it.
+//!   10 tokens where dotprod has 92, and 34 for 4 where it has 44. For 3 there is hardly a difference: left to dotprod.
 //! - otherwise [`LINES`] lines of a tile are decoded at a time and stay in the first-level cache (10 KB) for all panels of
 //!   the block, each of which brings 7.5 KB: 8 loads, T loads, 4 T `smmla`. Decoding (2 loads, 18 instructions, 8 stores)
-//!   is once for all panels: arithmetic is 66 instructions for one panel of 12 tokens and 50.25 for each of 8, where
-//!   dotprod has 108. Where a core starts as many `smmla` a cycle as `sdot`, that is up to 2.1 times dotprod's rate;
-//!   this is counted, not measured.
+//!   is once for all panels: arithmetic is 66 instructions for one panel of 12 tokens, 57 for each of two and 50.25 for each
+//!   of 8, where dotprod has 108. Where a core starts as many `smmla` a cycle as `sdot`, as LLVM's models of Neoverse N2, V1
+//!   and V2 do, that is 1.9 times dotprod's rate from 24 tokens on and 2.1 times from 96 on. Counted, not measured.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
