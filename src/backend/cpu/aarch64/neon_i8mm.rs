@@ -25,7 +25,7 @@ use std::ops::Range;
 
 use super::{NeonDotprod, prefetch};
 use crate::backend::activation::QuantizedRows;
-use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel};
+use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles};
 use crate::backend::cpu::tiles::{LINE_BYTES, LINE_COLS, TILE_ROWS};
 
 /// Rows of a pass.
@@ -109,7 +109,8 @@ impl PanelGemm for NeonI8mm {
         }
     }
 
-    fn multiply(&self, tiles: &[u8], groups: usize, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+    fn multiply(&self, tiles: WeightTiles<'_>, panels: &[Line], size: usize, tokens: usize, sums: &mut [i32]) {
+        let WeightTiles { data: tiles, groups, .. } = tiles;
         assert!((1..=PANEL_TOKENS).contains(&size) && tokens > 0, "1 to {PANEL_TOKENS} tokens a panel");
         let count = sums.len() / (TILE_ROWS * tokens);
         let last = (tokens - 1) % size + 1;
