@@ -45,3 +45,8 @@ pub use error::{Error, Result};
 pub use load::{DEFAULT_CONTEXT, LoadOptions, LoadedDecoder};
 pub use report::{AdapterReport, Report};
 pub use token_draw::TokenDraw;
+
+/// The program in README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -16,6 +16,7 @@ mod finetune_args;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
+pub mod man;
 mod model_args;
 pub mod perplexity;
 mod preset;
@@ -56,6 +57,7 @@ pub enum Command {
     Train(train::Args),
     Finetune(finetune::Args),
     Completions(completions::Args),
+    Man(man::Args),
 }
 
 impl Command {
@@ -76,6 +78,7 @@ impl Command {
             Self::Train(args) => train::run(args),
             Self::Finetune(args) => finetune::run(args),
             Self::Completions(args) => completions::run(args),
+            Self::Man(args) => man::run(args),
         }
     }
 }
