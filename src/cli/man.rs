@@ -21,7 +21,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<()> {
-    let program = Cli::command();
+    let program = program();
     if args.markdown {
         return print(&reference(program));
     }
@@ -38,9 +38,13 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
+/// The program without `help`, which repeats all commands.
+fn program() -> Command {
+    Cli::command().disable_help_subcommand(true)
+}
+
 /// The reference: the program, then its commands in the order of its help.
-fn reference(program: Command) -> String {
-    let mut program = program.disable_help_subcommand(true);
+fn reference(mut program: Command) -> String {
     program.build();
     let mut text = String::from(
         "# Command line\n\n\
@@ -135,9 +139,9 @@ mod tests {
             }
             command.get_subcommands().for_each(|c| each(c, text));
         }
-        let mut program = Cli::command().disable_help_subcommand(true);
+        let mut program = program();
         program.build();
-        let text = reference(Cli::command());
+        let text = reference(program.clone());
         program.get_subcommands().for_each(|c| each(c, &text));
     }
 
