@@ -147,13 +147,13 @@ mod tests {
 
     #[test]
     fn an_entry_has_both_names_its_help_and_its_default() {
-        let argument =
+        let kind =
             Arg::new("kind").short('k').long("kind").value_name("KIND").help("What <it>\n is").default_value("a");
-        assert_eq!(
-            entry(&argument.value_parser(["a", "b"])),
-            "- `-k, --kind <KIND>`: What \\<it> is [possible values: a, b] [default: a]\n"
-        );
-        let flag = Arg::new("all").long("all").action(ArgAction::SetTrue).help("All");
-        assert_eq!(entry(&flag), "- `--all`: All\n");
+        let all = Arg::new("all").long("all").action(ArgAction::SetTrue).help("All");
+        let mut command = Command::new("test").disable_help_flag(true).args([kind.value_parser(["a", "b"]), all]);
+        command.build();
+        let entries: Vec<_> = command.get_arguments().map(entry).collect();
+        let kind = "- `-k, --kind <KIND>`: What \\<it> is [possible values: a, b] [default: a]\n";
+        assert_eq!(entries, [kind, "- `--all`: All\n"]);
     }
 }
