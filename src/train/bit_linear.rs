@@ -67,7 +67,9 @@ mod tests {
     fn lambda_goes_from_a_plain_linear_layer_to_a_quantised_one() {
         let master = Var::randn(0f32, 0.1, (8, 32), &Device::Cpu).unwrap();
         let x = Tensor::randn(0f32, 1.0, (3, 32), &Device::Cpu).unwrap();
-        let plain = x.matmul(&master.t().unwrap()).unwrap();
+        // The values that a bf16 checkpoint would hold are what is trained.
+        let stored = master.to_dtype(candle_core::DType::BF16).unwrap().to_dtype(candle_core::DType::F32).unwrap();
+        let plain = x.matmul(&stored.t().unwrap()).unwrap();
         let distance = |lambda: f32| {
             let y = BitLinear::new(master.clone()).with_lambda(lambda).forward(&x).unwrap();
             (y - &plain).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()
