@@ -53,7 +53,8 @@ impl fmt::Display for HeadKind {
 /// Which kind of output head to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeadChoice {
-    /// [`HeadKind::Screened`] on a CPU with AVX2 or AVX-512 for a head of 32 MiB or more, in rows of 256 or more;
+    /// [`HeadKind::Screened`] on a CPU with AVX2, AVX-512 or NEON dotprod for a head of 32 MiB or more, in rows of
+    /// 256 or more;
     /// [`HeadKind::Full`] otherwise. Without effect on tokens.
     #[default]
     Auto,
@@ -63,7 +64,8 @@ pub enum HeadChoice {
 
 impl HeadChoice {
     /// What [`HeadChoice::Auto`] stands for, in words.
-    pub const AUTO: &str = "screened on a CPU with AVX2 or AVX-512 where the head has 32 MiB or more, full otherwise";
+    pub const AUTO: &str =
+        "screened on a CPU with AVX2, AVX-512 or NEON dotprod where the head has 32 MiB or more, full otherwise";
 }
 
 impl From<HeadKind> for HeadChoice {

@@ -40,8 +40,8 @@ fn bench_tells_what_a_screened_head_read() {
         for part in ["screened  ", "screen-head 384x128", "rescore-head 384x128", head] {
             assert!(text.contains(part), "{head}: no {part:?} in {text}");
         }
-        // Three sequences are cheaper with the stored rows.
-        let json = bench(head, &["--batch", "3", "--json"]).json();
+        // Four sequences are cheaper with the stored rows.
+        let json = bench(head, &["--batch", "4", "--json"]).json();
         assert!(json["head_rows_rescored"].is_null(), "{json}");
         assert_eq!(json["bytes_per_token_head"], full["bytes_per_token_head"]);
     }

@@ -10,8 +10,8 @@
 //! where the last two terms are the token's and the row's own, and are taken off once. Words lie side by side: eight columns
 //! of a token are a word of a₀ − 1 and one of a₁ + 127, to which codes w + 1 are added, and a `vpdpbusd` multiplies eight
 //! columns instead of four. Two additions more, but those run beside the dots: 16 rows by 8 columns of a token are 2
-//! broadcasts, 2 additions and 1 dot, and 24 tokens share what decodes the codes. On Zen 4, 278 GMAC/s a core from the
-//! second-level cache, where dots alone give 232.
+//! broadcasts, 2 additions and 1 dot, and 24 tokens share what decodes the codes. On Zen 4, up to 280 GMAC/s a core from the
+//! second-level cache, where dots alone give 232 (benches/record/2026-11-22-prefill-epyc-2cores.md).
 //!
 //! The first factor fits i8 and the second u8 for activations from −127 to 126. Quantised rows reach 127 at one end or the other, so a
 //! row is negated if it has fewer of −127; what is left of them is clipped, noted, and its code added to the sums. Rows with
