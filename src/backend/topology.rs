@@ -3,7 +3,7 @@
 //!
 //! On Linux everything is read from files: the affinity mask from `/proc/thread-self/status`, cores from
 //! `/sys/devices/system/cpu/*/topology/thread_siblings_list`, NUMA nodes from `/sys/devices/system/node/*/cpulist`, quotas
-//! from control groups (see [`quota`]). What cannot be read or makes no sense is left out: then every hardware thread is a
+//! from control groups (`topology/quota.rs`). What cannot be read or makes no sense is left out: then every hardware thread is a
 //! core, and all of them are one node.
 
 mod quota;
