@@ -456,7 +456,8 @@ fn defaults_of_the_fixtures() {
     let defaults = GenerationDefaults::from_dir(&dir, &tokenizer(), template.as_ref()).unwrap();
     assert_eq!(defaults.eos, [375, 383]);
     assert_eq!((defaults.do_sample, defaults.temperature, defaults.top_p), (true, Some(0.6), Some(0.9)));
-    assert_eq!((defaults.top_k, defaults.max_length), (None, Some(512)));
+    // The file names no top-k: transformers takes 50.
+    assert_eq!((defaults.top_k, defaults.max_length), (Some(50), Some(512)));
     // The end of turn counts because the template writes it, even if no file lists it.
     let empty = tempfile::tempdir().unwrap();
     let defaults = GenerationDefaults::from_dir(&empty, &tokenizer(), template.as_ref()).unwrap();

@@ -14,6 +14,10 @@ const MAX_EOS: usize = 256;
 const END_OF_TURN: [&str; 7] =
     ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>", "<|eom_id|>"];
 
+/// Top-k of transformers (4 and 5) where a checkpoint asks for sampling and says nothing of it. It leaves its own default out
+/// of the files that it writes.
+const TRANSFORMERS_TOP_K: usize = 50;
+
 /// Recommended values of a checkpoint. [`super::GenerateOptions::resolve`] says how they are used.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationDefaults {
@@ -24,7 +28,7 @@ pub struct GenerationDefaults {
     pub do_sample: bool,
     /// Temperature.
     pub temperature: Option<f32>,
-    /// Top-k; 0 is off.
+    /// Top-k; 0 is off. Of a checkpoint that samples and does not say, what transformers takes: 50.
     pub top_k: Option<usize>,
     /// Top-p.
     pub top_p: Option<f32>,
@@ -80,11 +84,12 @@ impl GenerationDefaults {
                 v.as_u64().map(|n| usize::try_from(n).unwrap_or(usize::MAX))
             })
         };
+        let do_sample = field(path, config, "do_sample", "true or false", Value::as_bool)?.unwrap_or(false);
         Ok(Self {
             eos: eos(path, config)?,
-            do_sample: field(path, config, "do_sample", "true or false", Value::as_bool)?.unwrap_or(false),
+            do_sample,
             temperature: number("temperature", |v| v >= 0.0, "0 or more")?,
-            top_k: count("top_k")?,
+            top_k: count("top_k")?.or(do_sample.then_some(TRANSFORMERS_TOP_K)),
             top_p: number("top_p", |v| v > 0.0 && v <= 1.0, "greater than 0, up to 1")?,
             min_p: number("min_p", |v| (0.0..=1.0).contains(&v), "0 to 1")?,
             repetition_penalty: number("repetition_penalty", |v| v > 0.0, "greater than 0")?,
@@ -152,6 +157,11 @@ mod tests {
         assert_eq!((d.do_sample, d.temperature, d.top_k, d.top_p), (true, Some(0.6), Some(40), None));
         assert_eq!((d.repetition_penalty, d.max_length, d.max_new_tokens), (Some(1.1), Some(512), None));
         assert_eq!(parse(json!({"eos_token_id": 3})).unwrap().eos, [3]);
+        let top_k = |config: Value| parse(config).unwrap().top_k;
+        assert_eq!(top_k(json!({"do_sample": true, "temperature": 0.6, "top_p": 0.9})), Some(50), "as transformers");
+        assert_eq!(top_k(json!({"do_sample": true, "top_k": null})), Some(50));
+        assert_eq!(top_k(json!({"do_sample": true, "top_k": 0})), Some(0));
+        assert_eq!(top_k(json!({"temperature": 0.6})), None);
         assert_eq!(parse(json!({})).unwrap(), GenerationDefaults::default());
     }
 
