@@ -14,6 +14,14 @@ pub enum Arrangement {
 }
 
 impl Arrangement {
+    /// From one tile of a weight to its next one in the CPU's packing.
+    pub(super) fn tile_step(self) -> usize {
+        match self {
+            Self::Stacked => 1,
+            Self::GateUp => 2,
+        }
+    }
+
     /// Refuses weights that cannot be arranged so.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use super::Cpu;
 use super::isa::per_isa;
 use super::lanes::LANES;
+use super::prefetch;
 use crate::Result;
 use crate::backend::host::AlignedBuffer;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,15 +17,7 @@ per_isa! {
     fn read_all(data: &[u8], sum: &mut u32) {
         let mut acc = [[0u32; LANES]; 4];
         for chunk in data.as_chunks::<4>().0.as_chunks::<{ 4 * LANES }>().0 {
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                let ahead = chunk.as_ptr().cast::<i8>().wrapping_add(4096);
-                for line in 0..4 {
-                    // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
-                    unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64 * line)) };
-                }
-            }
+            prefetch::ahead(chunk);
             for a in 0..4 {
                 for i in 0..LANES {
                     acc[a][i] = acc[a][i].wrapping_add(u32::from_ne_bytes(chunk[a * LANES + i]));

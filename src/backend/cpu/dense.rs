@@ -10,6 +10,7 @@ use super::isa::{Isa, per_isa};
 use super::lanes::{Factor, LANES, Stored, sum_lanes};
 use super::output::OutputColumns;
 use super::pool::{Pool, SendPtr};
+use super::prefetch;
 use crate::backend::DenseType;
 use crate::backend::host::{AlignedBuffer, MappedFile};
 use crate::{Error, Result};
@@ -147,7 +148,7 @@ fn pass<E: Factor, const T: usize>(w: &[E], x: [&[f32]; T]) -> [f32; T] {
     let (chunks, tail) = w.as_chunks::<SUMS>();
     let tokens = x.map(|x| &x.as_chunks::<SUMS>().0[..chunks.len()]);
     for (k, w) in chunks.iter().enumerate() {
-        prefetch(w);
+        prefetch::ahead(w);
         let mut wide = [0f32; SUMS];
         for i in 0..SUMS {
             wide[i] = w[i].value();
@@ -175,22 +176,6 @@ fn finish(a: &[f32; SUMS]) -> f32 {
         sums[i] = (a[i] + a[LANES + i]) + (a[2 * LANES + i] + a[3 * LANES + i]);
     }
     sum_lanes(sums)
-}
-
-/// Asks for the cache lines 4 KiB ahead; see the ternary kernels for why.
-#[inline(always)]
-fn prefetch<E>(w: &[E; SUMS]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        for line in (0..size_of_val(w)).step_by(64) {
-            let ahead = w.as_ptr().cast::<i8>().wrapping_add(4096 + line);
-            // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead) };
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = w;
 }
 
 per_isa! {

@@ -48,7 +48,7 @@ use super::layout::Arrangement;
 use crate::ternary::PackedTernary;
 use crate::{Error, Result};
 use isa::Isa;
-use kernel::MAX_TOKENS;
+use linear::Epilogue;
 use scratch::{Scratch, grown, with_scratch};
 use self_check::self_check;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -57,8 +57,6 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 pub const MAX_THREADS: usize = 1024;
 /// Rows that one task normalises in a prefill.
 const ROWS_PER_TASK: usize = 8;
-/// Bytes of gate and up of several tokens between their product and the activation.
-const GATE_UP_BYTES: usize = 4 << 20;
 
 /// What may be chosen about the CPU backend; `None` means: decided from this machine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -164,9 +162,8 @@ impl Cpu {
         out: OutputColumns<'_>,
     ) -> Result<()> {
         let Scratch { rows, panel, .. } = &mut *self.scratch();
-        let rows = grown(rows, x.len() / w.cols() * row_stride(w.cols()));
-        self.quantize(x, w.cols(), norm, rows)?;
-        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &QuantizedRows::new(rows, w.cols())?, out)
+        let x = self.quantized(w, x, norm, rows)?;
+        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, Epilogue::Columns(out))
     }
 
     /// `act(gate) · up` with `[gate | up] = W · quantise(x)`, as [`Cpu::norm_linear`]: rows of half of `w.rows()` outputs.
@@ -181,28 +178,22 @@ impl Cpu {
         norm: Option<(&[f32], f32)>,
         out: &mut [f32],
     ) -> Result<()> {
-        if w.arrangement() != Arrangement::GateUp {
-            let reason = "the weight is no gate and up packed for each other".into();
-            return Err(Error::Shape { op: "gated linear", reason });
-        }
-        let Scratch { rows, panel, gate_up, .. } = &mut *self.scratch();
-        let tokens = x.len() / w.cols();
-        if tokens == 0 || out.len() != tokens * w.rows() / 2 {
-            return Err(shape_error("gated linear", x.len(), w.cols(), out.len()));
-        }
-        let rows = grown(rows, tokens * row_stride(w.cols()));
+        let Scratch { rows, panel, .. } = &mut *self.scratch();
+        let x = self.quantized(w, x, norm, rows)?;
+        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, Epilogue::Gated(gate, out))
+    }
+
+    /// Rows of `x` as the quantised linear takes them, in a buffer.
+    fn quantized<'a>(
+        &self,
+        w: &CpuTernary,
+        x: &[f32],
+        norm: Option<(&[f32], f32)>,
+        rows: &'a mut Vec<u8>,
+    ) -> Result<QuantizedRows<'a>> {
+        let rows = grown(rows, x.len() / w.cols() * row_stride(w.cols()));
         self.quantize(x, w.cols(), norm, rows)?;
-        // So few tokens at a time that gate and up stay in the caches until the activation has read them.
-        let at_once = (GATE_UP_BYTES / (size_of::<f32>() * w.rows()) / MAX_TOKENS).max(8) * MAX_TOKENS;
-        let outputs = out.chunks_mut(at_once * w.rows() / 2);
-        for (rows, out) in rows.chunks(at_once * row_stride(w.cols())).zip(outputs) {
-            let x = QuantizedRows::new(rows, w.cols())?;
-            let gate_up = grown(gate_up, x.rows() * w.rows());
-            let columns = OutputColumns::whole(gate_up, w.rows());
-            linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, &x, columns)?;
-            self.gated(gate, gate_up, w.rows() / 2, out)?;
-        }
-        Ok(())
+        QuantizedRows::new(rows, w.cols())
     }
 
     /// Quantised linear: `out[t] = W q[t] / s_x[t]`, scaled per segment, or that added to it.
@@ -210,7 +201,8 @@ impl Cpu {
     /// # Errors
     /// [`Error::Layout`] for a weight packed for another kernel, [`Error::Shape`] for operands that do not fit.
     pub fn linear(&self, w: &CpuTernary, x: &QuantizedRows, out: OutputColumns<'_>) -> Result<()> {
-        linear::linear(&*self.kernel, self.isa, &self.pool, &mut self.scratch().panel, w, x, out)
+        let panel = &mut self.scratch().panel;
+        linear::linear(&*self.kernel, self.isa, &self.pool, panel, w, x, Epilogue::Columns(out))
     }
 
     /// Quantises rows of `cols` activations, after RMSNorm if `norm` (weight, epsilon) is given.

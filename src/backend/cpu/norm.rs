@@ -94,23 +94,29 @@ per_isa! {
     }
 }
 
-per_isa! {
-    /// `out = act(gate) · up`.
-    pub(super) fn gated(gate: Gate, g: &[f32], up: &[f32], out: &mut [f32]) {
-        match gate {
-            Gate::Relu2 => {
-                for ((o, g), u) in out.iter_mut().zip(g).zip(up) {
-                    // NaN stays NaN.
-                    let r = if *g < 0.0 { 0.0 } else { *g };
-                    *o = r * r * u;
-                }
-            }
-            Gate::Silu => {
-                for ((o, g), u) in out.iter_mut().zip(g).zip(up) {
-                    *o = g / (1.0 + exp(-g)) * u;
-                }
+/// `out = act(gate) · up`.
+#[inline(always)]
+pub(super) fn gate_row(gate: Gate, g: &[f32], up: &[f32], out: &mut [f32]) {
+    match gate {
+        Gate::Relu2 => {
+            for ((o, g), u) in out.iter_mut().zip(g).zip(up) {
+                // NaN stays NaN.
+                let r = if *g < 0.0 { 0.0 } else { *g };
+                *o = r * r * u;
             }
         }
+        Gate::Silu => {
+            for ((o, g), u) in out.iter_mut().zip(g).zip(up) {
+                *o = g / (1.0 + exp(-g)) * u;
+            }
+        }
+    }
+}
+
+per_isa! {
+    /// As [`gate_row`].
+    pub(super) fn gated(gate: Gate, g: &[f32], up: &[f32], out: &mut [f32]) {
+        gate_row(gate, g, up, out);
     }
 }
 

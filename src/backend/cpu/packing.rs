@@ -7,7 +7,7 @@
 //!                    bits 7:6 column 12+b | bits 5:4 column 8+b | bits 3:2 column 4+b | bits 1:0 column b
 //!
 //! base 3:            columns 20g … 20g+19, five codes in byte b of a row:
-//!                    t0 + 3·t1 + 9·t2 + 27·t3 + 81·t4 ≤ 242,  ti the code of column 4i+b
+//!                    t0 + 3·t1 + 9·t2 + 27·t3 + 83·t4 ≤ 246,  ti the code of column 4i+b
 //! ```
 //!
 //! So the codes at one position (bit pair or digit) of a line are 16 rows by 4 consecutive columns: what `vpdpbusd`,
@@ -15,8 +15,9 @@
 //! is ever needed, and a tile is read front to back. Lanes of 512, 256 and 128 bits all read the same line. Rows and
 //! columns are padded with code 0.
 //!
-//! Base 3 takes 1.6 bits a weight instead of 2. Only a kernel with a byte permute over 128 entries (AVX-512 VBMI)
-//! decodes it at about the cost of two bits: a look-up gives four digits at once, already where two-bit codes lie. AVX2
+//! Base 3 takes 1.6 bits a weight instead of 2. The last digit counts 83, not 81, so that a byte's upper seven bits tell it.
+//! Only a kernel with a byte permute over 128 entries (AVX-512 VBMI) decodes this at about the cost of two bits: one look-up
+//! gives the last digit, and one of what is left the other four at once, already where two-bit codes lie. AVX2
 //! and NEON would need a multiply, a shift and a subtraction for each digit, at a point where their two-bit kernels
 //! already keep the core as busy as the memory; they have no base-3 kernel.
 
@@ -28,8 +29,10 @@ use crate::ternary::{CODES_PER_BYTE, PackedTernary, transpose4x4};
 const BASE3_COLS: usize = 20;
 /// Digits of a byte.
 const DIGITS: usize = BASE3_COLS / 4;
+/// What the last digit of a byte counts: more than the others together, and odd, so that it has an inverse modulo 2^32.
+pub(super) const LAST_DIGIT: u8 = 83;
 /// What digit i of a byte counts.
-const POWERS: [u8; DIGITS] = [1, 3, 9, 27, 81];
+const POWERS: [u8; DIGITS] = [1, 3, 9, 27, LAST_DIGIT];
 
 /// How a tile's codes lie in its lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,14 +75,13 @@ impl Packing {
     /// The codes of row `lane` of a line, by column; the first [`Packing::line_cols`] of the result.
     pub(super) fn line_codes(self, line: &[u8], lane: usize) -> [u8; BASE3_COLS] {
         let mut codes = [0; BASE3_COLS];
-        for (i, mut byte) in line[4 * lane..4 * lane + 4].iter().copied().enumerate() {
-            let (base, positions) = match self {
-                Self::TwoBits => (4, LINE_COLS / 4),
-                Self::Base3 => (3, DIGITS),
-            };
-            for code in codes[i..].iter_mut().step_by(4).take(positions) {
-                *code = byte % base;
-                byte /= base;
+        for (i, byte) in line[4 * lane..4 * lane + 4].iter().enumerate() {
+            for (position, code) in codes[i..].iter_mut().step_by(4).take(self.line_cols() / 4).enumerate() {
+                *code = match self {
+                    Self::TwoBits => byte >> (2 * position) & 3,
+                    Self::Base3 if position == DIGITS - 1 => byte / LAST_DIGIT,
+                    Self::Base3 => byte % LAST_DIGIT / POWERS[position] % 3,
+                };
             }
         }
         codes
@@ -138,7 +140,7 @@ static DIGIT: [[u32; 256]; DIGITS] = {
     table
 };
 
-/// A row's four bytes of a base-3 line. Bytes cannot carry into each other: codes are at most 2, their number 242.
+/// A row's four bytes of a base-3 line. Bytes cannot carry into each other: codes are at most 2, a byte 246.
 fn base3_word(bytes: [u8; DIGITS]) -> u32 {
     DIGIT.iter().zip(bytes).map(|(digit, byte)| digit[usize::from(byte)]).sum()
 }
@@ -187,10 +189,10 @@ mod tests {
         let w = PackedTernary::from_weights(1, 20, &values, Scale::Multiply(1.0)).unwrap();
         let mut tile = vec![0; LINE_BYTES];
         Packing::Base3.pack_tile(&w, 0, &mut tile);
-        assert_eq!(tile[..4], [0, 1 + 2 * 3 + 2 * 27 + 81, 0, 0]);
+        assert_eq!(tile[..4], [0, 1 + 2 * 3 + 2 * 27 + 83, 0, 0]);
         let w = PackedTernary::from_weights(1, 20, &[1; 20], Scale::Multiply(1.0)).unwrap();
         let mut tile = vec![0; LINE_BYTES];
         Packing::Base3.pack_tile(&w, 0, &mut tile);
-        assert_eq!(tile[..4], [242; 4]);
+        assert_eq!(tile[..4], [246; 4]);
     }
 }

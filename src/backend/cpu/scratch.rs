@@ -11,8 +11,6 @@ pub(super) struct Scratch {
     pub rows: Vec<u8>,
     /// Their codes, as the prefill kernels take them.
     pub panel: Vec<Line>,
-    /// Gate and up before the activation.
-    pub gate_up: Vec<f32>,
     /// Of attention.
     pub attention: super::attention::Shared,
     /// What the screened head knows of its rows.

@@ -2,7 +2,8 @@
 
 use super::generic::Generic;
 use super::kernel::{MAX_TOKENS, TernaryKernel};
-use super::linear::linear;
+use super::linear::{Epilogue, linear};
+use super::norm::{Gate, gate_row};
 use super::output::OutputColumns;
 use super::packing::Packing;
 use super::pool::Pool;
@@ -34,6 +35,7 @@ struct Case {
     weights: Fill,
     activations: Fill,
     seed: u64,
+    gate: Option<Gate>,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -46,10 +48,13 @@ fn cases() -> impl Strategy<Value = Case> {
     // Every remainder of 16, 20 and 64, a few long rows (the AVX2 budget is 256 columns; 6912 is 2B-4T's widest).
     let cols = prop_oneof![12 => 1usize..130, 4 => 130usize..700, 1 => 6900usize..6920];
     let tokens = prop_oneof![2 => Just(1usize), 2 => 2usize..=MAX_TOKENS, 1 => MAX_TOKENS + 1..30, 1 => 30usize..150];
-    (rows, cols, tokens, fill(), fill(), any::<u64>()).prop_map(|(rows, cols, tokens, weights, activations, seed)| {
+    let gate = prop_oneof![3 => Just(None), 1 => Just(Some(Gate::Relu2)), 1 => Just(Some(Gate::Silu))];
+    let drawn = (rows, cols, tokens, fill(), fill(), any::<u64>(), gate);
+    drawn.prop_map(|(rows, cols, tokens, weights, activations, seed, gate)| {
         // Long rows with few others, so that the suite stays quick.
         let (rows, tokens) = if cols > 700 { (vec![rows[0] % 20 + 1], tokens.min(3)) } else { (rows, tokens) };
-        Case { rows, cols, tokens, weights, activations, seed }
+        let rows = if gate.is_some() { vec![rows[0]; 2] } else { rows };
+        Case { rows, cols, tokens, weights, activations, seed, gate }
     })
 }
 
@@ -86,19 +91,28 @@ fn check(kernel: &dyn TernaryKernel, pool: &Pool, case: &Case) -> Result<(), Tes
         write_trailer(&mut row[stride - 16..], 1.0, sum);
     }
     let x = QuantizedRows::new(&bytes, case.cols).unwrap();
-    let packed = CpuTernary::pack(&weights, Arrangement::Stacked, kernel.packing(), pool).unwrap();
-    let mut out = vec![f32::NAN; case.tokens * packed.rows()];
+    let arrangement = if case.gate.is_some() { Arrangement::GateUp } else { Arrangement::Stacked };
+    let packed = CpuTernary::pack(&weights, arrangement, kernel.packing(), pool).unwrap();
+    let width = packed.rows() / if case.gate.is_some() { 2 } else { 1 };
+    let mut out = vec![f32::NAN; case.tokens * width];
     let isa = super::isa::Isa::portable();
-    let columns = OutputColumns::whole(&mut out, packed.rows());
-    linear(kernel, isa, pool, &mut Vec::new(), &packed, &x, columns).unwrap();
-    for t in 0..case.tokens {
-        let mut at = t * packed.rows();
-        for w in &weights {
-            for row in 0..w.rows() {
-                let want = oracle(w, row, &x.codes(t)[..case.cols]);
-                prop_assert_eq!(out[at], want as f32, "token {} row {}", t, row);
-                at += 1;
-            }
+    let epilogue = match case.gate {
+        None => Epilogue::Columns(OutputColumns::whole(&mut out, width)),
+        Some(gate) => Epilogue::Gated(gate, &mut out),
+    };
+    linear(kernel, isa, pool, &mut Vec::new(), &packed, &x, epilogue).unwrap();
+    for (t, out) in out.chunks_exact(width).enumerate() {
+        let product = |w: &PackedTernary| -> Vec<f32> {
+            (0..w.rows()).map(|row| oracle(w, row, &x.codes(t)[..case.cols]) as f32).collect()
+        };
+        let products: Vec<Vec<f32>> = weights.iter().map(product).collect();
+        let mut want = products.concat();
+        if let (Some(gate), [g, up]) = (case.gate, &products[..]) {
+            want.truncate(width);
+            gate_row(gate, g, up, &mut want);
+        }
+        for row in 0..width {
+            prop_assert_eq!(out[row], want[row], "token {} row {}", t, row);
         }
     }
     Ok(())
@@ -180,7 +194,8 @@ fn a_kernel_refuses_another_layout() {
     let bytes = vec![0; row_stride(1)];
     let x = QuantizedRows::new(&bytes, 1).unwrap();
     let isa = super::isa::Isa::portable();
-    let err =
-        linear(&Other, isa, &pool, &mut Vec::new(), &packed, &x, OutputColumns::whole(&mut [0.0], 1)).unwrap_err();
+    let mut out = [0.0];
+    let epilogue = Epilogue::Columns(OutputColumns::whole(&mut out, 1));
+    let err = linear(&Other, isa, &pool, &mut Vec::new(), &packed, &x, epilogue).unwrap_err();
     assert!(matches!(err, crate::Error::Layout { kernel: "other", found: "cpu-rows16", .. }), "{err}");
 }

@@ -29,19 +29,19 @@ pub struct Segment {
     pub scale: Scale,
     /// Its first row in the output.
     pub first_row: usize,
-    /// Its first tile.
+    /// Its first tile. The next ones follow; of a gate and an up, they take turns.
     pub first_tile: usize,
 }
 
-/// Tiles of one segment that follow each other.
+/// Tiles that follow each other and have the same scales.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Run {
     /// The tiles.
     pub tiles: Range<usize>,
-    /// Their rows in the output.
-    pub rows: Range<usize>,
-    /// The segment's scale.
-    pub scale: Scale,
+    /// What they give in the output: a row each, or one of a row of gate and one of up.
+    pub columns: Range<usize>,
+    /// The scale of the first tile and every second one, and of those between them.
+    pub scales: [Scale; 2],
 }
 
 /// One or more ternary matrices over the same input, packed for the CPU kernels.
@@ -57,8 +57,13 @@ pub struct CpuTernary {
     row_terms: OnceLock<Vec<[i32; TILE_ROWS]>>,
 }
 
+/// The first of the `step` segments that a tile belongs to.
+fn first_owner(segments: &[Segment], step: usize, tile: usize) -> usize {
+    (segments.partition_point(|s| s.first_tile <= tile) - 1) / step * step
+}
+
 impl CpuTernary {
-    /// Packs `weights`, stacked in this order, in parallel; the bytes are the same in every arrangement.
+    /// Packs `weights` in parallel: tiles of one after those of another, or of gate and up in turn.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is none, their columns differ or exceed [`MAX_COLS`], or as [`Arrangement::check`].
@@ -76,16 +81,21 @@ impl CpuTernary {
         }
         let (mut rows, mut tiles, mut segments) = (0, 0, Vec::with_capacity(weights.len()));
         for w in weights {
-            segments.push(Segment { rows: w.rows(), scale: w.scale(), first_row: rows, first_tile: tiles });
+            let first_tile = match arrangement {
+                Arrangement::Stacked => tiles,
+                Arrangement::GateUp => segments.len(),
+            };
+            segments.push(Segment { rows: w.rows(), scale: w.scale(), first_row: rows, first_tile });
             rows += w.rows();
             tiles += w.rows().div_ceil(TILE_ROWS);
         }
         let tile_bytes = cols.div_ceil(packing.line_cols()) * LINE_BYTES;
         let mut data = AlignedBuffer::huge(tiles * tile_bytes)?;
-        let owner = |tile: usize| segments.partition_point(|s| s.first_tile <= tile) - 1;
+        let step = arrangement.tile_step();
         pool.for_each_chunk(&mut data, tile_bytes, |tile, out| {
-            let segment = owner(tile);
-            packing.pack_tile(&weights[segment], (tile - segments[segment].first_tile) * TILE_ROWS, out);
+            let first = first_owner(&segments, step, tile);
+            let within = tile - segments[first].first_tile;
+            packing.pack_tile(&weights[first + within % step], within / step * TILE_ROWS, out);
         });
         Ok(Self { packing, arrangement, cols, rows, tiles, segments, data, row_terms: OnceLock::new() })
     }
@@ -138,7 +148,8 @@ impl CpuTernary {
         for (row, out) in rows.zip(out.chunks_exact_mut(self.cols)) {
             let segment = &self.segments[self.segments.partition_point(|s| s.first_row <= row) - 1];
             let within = row - segment.first_row;
-            let tile = &self.data[(segment.first_tile + within / TILE_ROWS) * tile_bytes..][..tile_bytes];
+            let tile = segment.first_tile + within / TILE_ROWS * self.arrangement.tile_step();
+            let tile = &self.data[tile * tile_bytes..][..tile_bytes];
             let (lane, multiplier) = (within % TILE_ROWS, segment.scale.multiplier());
             for (line, out) in tile.chunks_exact(LINE_BYTES).zip(out.chunks_mut(self.packing.line_cols())) {
                 for (out, code) in out.iter_mut().zip(self.packing.line_codes(line, lane)) {
@@ -188,14 +199,17 @@ impl CpuTernary {
         }
     }
 
-    /// The runs of tiles `tiles` with one scale each, and their rows in the output, one after the other in both.
+    /// The runs of tiles `tiles`, one after the other in the output as well. Of gate and up, these are whole pairs.
     pub(super) fn runs(&self, tiles: Range<usize>) -> impl Iterator<Item = Run> {
-        let first = self.segments.partition_point(|s| s.first_tile <= tiles.start) - 1;
-        self.segments[first..].iter().take_while(move |s| s.first_tile < tiles.end).map(move |s| {
+        let step = self.arrangement.tile_step();
+        let first = first_owner(&self.segments, step, tiles.start);
+        let owners = self.segments[first..].chunks_exact(step).take_while(move |s| s[0].first_tile < tiles.end);
+        owners.map(move |owners| {
+            let (s, scales) = (&owners[0], [owners[0].scale, owners[step - 1].scale]);
             let start = s.first_tile.max(tiles.start);
-            let end = tiles.end.min(s.first_tile + s.rows.div_ceil(TILE_ROWS));
-            let row = |tile: usize| s.first_row + ((tile - s.first_tile) * TILE_ROWS).min(s.rows);
-            Run { tiles: start..end, rows: row(start)..row(end), scale: s.scale }
+            let end = tiles.end.min(s.first_tile + s.rows.div_ceil(TILE_ROWS) * step);
+            let column = |tile: usize| s.first_row + ((tile - s.first_tile) / step * TILE_ROWS).min(s.rows);
+            Run { tiles: start..end, columns: column(start)..column(end), scales }
         })
     }
 }

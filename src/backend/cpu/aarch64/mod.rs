@@ -10,15 +10,6 @@ pub use neon_i8mm::NeonI8mm;
 
 pub(super) use neon_dotprod::{dot, dot_columns};
 
-/// Asks for the cache line 4 KiB ahead of `line`, as on x86-64: decode is limited by outstanding memory requests.
-#[inline(always)]
-pub(super) fn prefetch(line: *const u8) {
-    // SAFETY: `prfm` is part of aarch64 and never faults, wherever it points; it changes no register and no memory.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{line}, #4096]", line = in(reg) line, options(readonly, nostack, preserves_flags));
-    }
-}
-
 /// Runs `$pass::<N>` for the run-time token count `$tokens`, an integer from 1 to 12.
 macro_rules! for_tokens {
     ($tokens:expr, [$($n:literal)*], $pass:ident $args:tt) => {

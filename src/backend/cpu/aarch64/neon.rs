@@ -15,8 +15,9 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{for_tokens, prefetch};
+use super::for_tokens;
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// Lines between two widenings: 4 positions · 254 · 32 = 32 512 ≤ 32 767.
@@ -121,7 +122,7 @@ unsafe fn pass<const N: usize, const T: usize, const R: usize>(
         left -= now;
         let mut acc = [[[vdupq_n_s16(0); 2]; R]; N];
         for _ in 0..now {
-            prefetch(line);
+            prefetch::ahead(line);
             // SAFETY: R registers of line g of the tile and the words of group g are inside the operands.
             unsafe {
                 let mut w: [uint8x16_t; R] = std::array::from_fn(|r| vld1q_u8(line.add(16 * r)));

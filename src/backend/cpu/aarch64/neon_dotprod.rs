@@ -16,8 +16,9 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{for_tokens, prefetch};
+use super::for_tokens;
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// The NEON kernel for CPUs with dotprod.
@@ -99,7 +100,7 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
         let mut acc = [[vdupq_n_s32(0); 4]; 4];
         let mut q = q;
         for _ in 0..groups {
-            prefetch(line);
+            prefetch::ahead(line);
             // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes.
             unsafe {
                 let x = vld1q_s8(q);

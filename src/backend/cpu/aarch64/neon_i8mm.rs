@@ -23,9 +23,10 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::ops::Range;
 
-use super::{NeonDotprod, prefetch};
+use super::NeonDotprod;
 use crate::backend::activation::QuantizedRows;
 use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, LINE_COLS, TILE_ROWS};
 
 /// Rows of a pass.
@@ -290,7 +291,7 @@ unsafe fn pass<const N: usize, const DECODED: bool>(
             let codes = if DECODED {
                 [load(w), load(w.add(64))]
             } else {
-                prefetch(w);
+                prefetch::ahead(w);
                 let z = pairs(w);
                 [first_columns(z), last_columns(z)]
             };

@@ -20,6 +20,7 @@ use super::{SUMS, finish};
 use crate::backend::cpu::isa::{Isa, Level};
 use crate::backend::cpu::lanes::Factor;
 use crate::backend::cpu::pool::{Pool, SendPtr};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::scratch::{grown, with_scratch};
 use std::ops::Range;
 
@@ -101,19 +102,6 @@ impl Ahead {
         (self.at, self.left) = (at.wrapping_add(bytes), self.left - bytes);
         (at, lines)
     }
-}
-
-/// Asks for a cache line, for the second level: what is at work in the first one stays there.
-#[inline(always)]
-fn fetch(at: *const i8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 /// One module per vector width: lanes, rows and tokens of a tile (all accumulators, a vector of each row and two more are to
@@ -223,7 +211,7 @@ macro_rules! tiled {
                 let mut acc = [[zero(); ROWS]; T];
                 for (step, x) in x.as_chunks::<T>().0.iter().enumerate() {
                     for line in 0..lines {
-                        fetch(next.wrapping_add((step * lines + line) * 64));
+                        prefetch::to_level_2(next.wrapping_add((step * lines + line) * 64));
                     }
                     let mut rows = [zero(); ROWS];
                     for r in 0..ROWS {

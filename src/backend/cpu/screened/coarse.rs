@@ -9,6 +9,7 @@
 //! Columns beyond the matrix meet inputs of zero, and rows beyond it are not looked at.
 
 use crate::backend::cpu::isa::{Isa, Level};
+use crate::backend::cpu::prefetch;
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
@@ -115,14 +116,11 @@ fn portable<const LINES: usize>(tile: &[u8], high: &[i8], low: &[i8]) -> Sums {
     sums
 }
 
-/// Asks for the block 4 KiB later; see the ternary kernels for why.
-#[cfg(target_arch = "x86_64")]
+/// Asks for the block 4 KiB later.
 #[inline(always)]
-fn prefetch<const LINES: usize>(block: *const u8) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+fn ahead<const LINES: usize>(block: *const u8) {
     for line in 0..LINES {
-        // SAFETY: SSE is part of x86-64, and a prefetch may point anywhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(4096 + line * LINE).cast()) };
+        prefetch::ahead(block.wrapping_add(line * LINE));
     }
 }
 
@@ -153,7 +151,7 @@ mod avx512 {
             // SAFETY: the caller vouches for the block and its inputs.
             unsafe {
                 let lines = tile.add(block * LINES * LINE);
-                prefetch::<LINES>(lines);
+                ahead::<LINES>(lines);
                 let load = |line: usize| _mm512_loadu_si512(lines.add(line * LINE).cast());
                 let (a, b, c) = (load(0), load(1), if LINES == 3 { load(2) } else { zero });
                 let x = [high, low].map(|plane| plane.add(block * BLOCK_COLS).cast::<i32>());
@@ -212,7 +210,7 @@ mod avx2 {
             // SAFETY: the caller vouches for the block and its inputs.
             unsafe {
                 let lines = tile.add(block * LINES * LINE);
-                prefetch::<LINES>(lines);
+                ahead::<LINES>(lines);
                 let load = |line: usize, half: usize| _mm256_loadu_si256(lines.add(line * LINE + 32 * half).cast());
                 let x = [high, low].map(|plane| plane.add(block * BLOCK_COLS).cast::<i32>());
                 for half in 0..2 {
@@ -251,7 +249,7 @@ mod avx2 {
 #[cfg(target_arch = "aarch64")]
 mod dotprod {
     use super::*;
-    use crate::backend::cpu::aarch64::{dot, prefetch};
+    use crate::backend::cpu::aarch64::dot;
     use std::arch::aarch64::*;
 
     /// Four rows a register. Per block of six bits: 14 loads, 3 prefetches and, for each register of rows, 4 AND or shifts for
@@ -274,7 +272,7 @@ mod dotprod {
             // SAFETY: the caller vouches for the block and its inputs.
             unsafe {
                 let lines = tile.add(block * LINES * LINE);
-                (0..LINES).for_each(|line| prefetch(lines.add(line * LINE)));
+                ahead::<LINES>(lines);
                 let x = [high, low].map(|plane| vld1q_s8(plane.add(block * BLOCK_COLS)));
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let load = |line: usize| vld1q_u8(lines.add(line * LINE + 16 * r));

@@ -6,8 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{PREFETCH, for_tokens, gemm_by_fours};
+use super::{for_tokens, gemm_by_fours};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// Lines between two widenings: 4 positions · 508 · 16 = 32 512 ≤ 32 767.
@@ -58,10 +59,9 @@ unsafe fn pass<const N: usize, const T: usize>(tile: *const u8, groups: usize, p
         left -= now;
         let mut acc = [[_mm256_setzero_si256(); 2]; N];
         for _ in 0..now {
-            // SAFETY: line g of the tile and the words of group g are inside the operands; the prefetch may
-            // point anywhere.
+            // SAFETY: line g of the tile and the words of group g are inside the operands.
             unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(PREFETCH).cast());
+                prefetch::ahead(line);
                 let mut w = [_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast())];
                 for _ in 0..4 {
                     let codes = w.map(|w| _mm256_and_si256(w, mask));

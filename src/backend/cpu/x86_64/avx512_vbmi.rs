@@ -1,28 +1,27 @@
 //! AVX-512 VBMI + VNNI on weights at 1.6 bits: five base-3 digits a byte, a line is 16 rows by 20 columns.
 //!
 //! ```text
-//! byte:    b = r + 81·t4,  r = t0 + 3·t1 + 9·t2 + 27·t3 < 81
-//! r:       min(b, b − 81), twice: where b < 81, b − 81 wraps to more than b
-//! fields:  vpermi2b's 128 entries, r → t3 t2 t1 t0 in bits 7:6 5:4 3:2 1:0, as two-bit codes lie
-//! t4:      b − r = 81·t4 ≤ 162
+//! byte:    b = r + 83·t4,  r = t0 + 3·t1 + 9·t2 + 27·t3 < 81
+//! t4:      vpermi2b's 128 entries, b / 2 → 83·t4: as r is never 81 or 82, no b / 2 belongs to two t4
+//! fields:  vpermi2b, r = b − 83·t4 → t3 t2 t1 t0 in bits 7:6 5:4 3:2 1:0, as two-bit codes lie
 //! ```
 //!
-//! Decode, per 64-byte line (320 weights): 1 load, 2 subtractions, 2 minima, 1 permute; 4 AND, 4 broadcasts and 4 dots
-//! for the fields, in place as in AVX-512 VNNI; 1 subtraction, 1 broadcast and 1 dot for the fifth digit, which is not
-//! decoded: its sums are multiples of 81, so that multiplying by the inverse of 81 modulo 2^32 divides them. 16
-//! instructions beside the broadcasts, which are operands, for 320 weights; two bits take 9 for 256. No sum reaches
-//! 162 · 127 · 132 104 / 5 < 2^30.
-//! Prefill: digits are decoded once per pass, the fifth as `81·t4 >> 6`, and reused for up to 12 tokens from registers.
+//! Decode, per 64-byte line (320 weights): 1 load, 1 shift, 2 permutes, 1 subtraction; 4 AND, 4 broadcasts and 4 dots
+//! for the fields, in place as in AVX-512 VNNI; 1 broadcast and 1 dot for the fifth digit, whose sums are multiples of 83, so
+//! that multiplying by the inverse of 83 modulo 2^32 divides them. 14 instructions beside the broadcasts, which are operands,
+//! for 320 weights; two bits take 9 for 256. No sum reaches 166 · 127 · 132 104 / 5 < 2^30.
+//! Prefill: digits are decoded once per pass, the fifth as `83·t4 >> 6`, and reused for up to 12 tokens from registers.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx512::{field_masks, gemm512, sum_fields};
+use super::for_tokens;
 use super::pairs::{self, pairs512};
-use super::{PREFETCH, for_tokens};
 use crate::backend::activation::QuantizedRows;
 use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles, check_gemm, check_gemv};
-use crate::backend::cpu::packing::Packing;
+use crate::backend::cpu::packing::{LAST_DIGIT, Packing};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// Words of four activations that a line meets.
@@ -39,15 +38,27 @@ static FIELDS: [u8; 128] = {
     table
 };
 
-/// The inverse of 81 modulo 2^32, by Newton's steps; each doubles the bits that are right, and 81 · 81 = 1 modulo 8.
-const INVERSE_OF_81: i32 = {
-    let mut inverse = 81i32;
+/// 83·t4 of a byte's upper seven bits.
+static FIFTHS: [u8; 128] = {
+    let mut table = [0; 128];
+    let mut half = 0;
+    while half < 128 {
+        // The odd one of the two bytes: of 82 and 83, only that can be.
+        table[half] = (2 * half as u8 + 1) / LAST_DIGIT * LAST_DIGIT;
+        half += 1;
+    }
+    table
+};
+
+/// The inverse of 83 modulo 2^32, by Newton's steps; each doubles the bits that are right, and 83 · 83 = 1 modulo 8.
+const INVERSE: i32 = {
+    let (of, mut inverse) = (LAST_DIGIT as i32, LAST_DIGIT as i32);
     let mut step = 0;
     while step < 4 {
-        inverse = inverse.wrapping_mul(2i32.wrapping_sub(inverse.wrapping_mul(81)));
+        inverse = inverse.wrapping_mul(2i32.wrapping_sub(inverse.wrapping_mul(of)));
         step += 1;
     }
-    assert!(inverse.wrapping_mul(81) == 1);
+    assert!(inverse.wrapping_mul(of) == 1);
     inverse
 };
 
@@ -94,12 +105,11 @@ impl TernaryKernel for Avx512Vbmi {
     }
 }
 
-/// The table of [`FIELDS`] in registers, and other constants.
+/// The tables in registers, and a mask.
 #[derive(Clone, Copy)]
 struct Decoder {
-    low: __m512i,
-    high: __m512i,
-    eighty_one: __m512i,
+    fifths: [__m512i; 2],
+    fields: [__m512i; 2],
     mask: __m512i,
 }
 
@@ -107,18 +117,23 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
     fn new() -> Self {
-        // SAFETY: the table has 128 bytes.
-        let half = |i: usize| unsafe { _mm512_loadu_si512(FIELDS.as_ptr().add(64 * i).cast()) };
-        Self { low: half(0), high: half(1), eighty_one: _mm512_set1_epi8(81), mask: _mm512_set1_epi8(3) }
+        // SAFETY: a table has 128 bytes.
+        let half = |table: &[u8; 128], i: usize| unsafe { _mm512_loadu_si512(table.as_ptr().add(64 * i).cast()) };
+        Self {
+            fifths: [half(&FIFTHS, 0), half(&FIFTHS, 1)],
+            fields: [half(&FIELDS, 0), half(&FIELDS, 1)],
+            mask: _mm512_set1_epi8(3),
+        }
     }
 
-    /// Fields of the first four digits, and 81 times the fifth.
+    /// Fields of the first four digits, and 83 times the fifth.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn decode(self, b: __m512i) -> (__m512i, __m512i) {
-        let r = _mm512_min_epu8(b, _mm512_sub_epi8(b, self.eighty_one));
-        let r = _mm512_min_epu8(r, _mm512_sub_epi8(r, self.eighty_one));
-        (_mm512_permutex2var_epi8(self.low, r, self.high), _mm512_sub_epi8(b, r))
+        // Bits that cross into the next byte are its uppermost, which a permute does not look at.
+        let fifth = _mm512_permutex2var_epi8(self.fifths[0], _mm512_srli_epi16::<1>(b), self.fifths[1]);
+        let fields = _mm512_permutex2var_epi8(self.fields[0], _mm512_sub_epi8(b, fifth), self.fields[1]);
+        (fields, fifth)
     }
 
     /// Digits p of what was decoded.
@@ -146,10 +161,9 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
         let mut acc = [_mm512_setzero_si512(); WORDS];
         let mut q = q.cast::<i32>();
         for _ in 0..groups {
-            // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes; the prefetch
-            // may point anywhere.
+            // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes.
             unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(PREFETCH).cast());
+                prefetch::ahead(line);
                 let (fields, fifth) = decoder.decode(_mm512_loadu_si512(line.cast()));
                 for p in 0..4 {
                     let four = _mm512_set1_epi32(q.add(p).read_unaligned());
@@ -162,7 +176,7 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
             }
         }
         let [a, b, c, d, fifth] = acc;
-        let fifth = _mm512_mullo_epi32(fifth, _mm512_set1_epi32(INVERSE_OF_81));
+        let fifth = _mm512_mullo_epi32(fifth, _mm512_set1_epi32(INVERSE));
         let sum = _mm512_add_epi32(sum_fields([a, b, c, d]), fifth);
         // SAFETY: the chunk has 16 elements.
         unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) };
@@ -194,10 +208,11 @@ mod tests {
                 _mm512_storeu_si512(fields.as_mut_ptr().cast(), a);
                 _mm512_storeu_si512(fifth.as_mut_ptr().cast(), b);
             }
-            for (i, b) in bytes.into_iter().enumerate().filter(|(_, b)| *b < 243) {
+            for (i, b) in bytes.into_iter().enumerate().filter(|(_, b)| *b <= 246 && b % LAST_DIGIT < 81) {
+                let (last, r) = (b / LAST_DIGIT, b % LAST_DIGIT);
                 let digits = [fields[i] & 3, fields[i] >> 2 & 3, fields[i] >> 4 & 3, fields[i] >> 6];
-                assert_eq!(digits, [b % 3, b / 3 % 3, b / 9 % 3, b / 27 % 3], "byte {b}");
-                assert_eq!((fifth[i], fifth[i] >> 6), (b / 81 * 81, b / 81), "byte {b}");
+                assert_eq!(digits, [r % 3, r / 3 % 3, r / 9 % 3, r / 27], "byte {b}");
+                assert_eq!((fifth[i], fifth[i] >> 6), (last * LAST_DIGIT, last), "byte {b}");
             }
         }
     }

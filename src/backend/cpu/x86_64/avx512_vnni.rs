@@ -8,10 +8,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::avx512::{field_masks, gemm512, sum_fields};
+use super::for_tokens;
 use super::pairs::{self, pairs512};
-use super::{PREFETCH, for_tokens};
 use crate::backend::activation::QuantizedRows;
 use crate::backend::cpu::kernel::{Block, Line, PanelGemm, TernaryKernel, WeightTiles, check_gemm, check_gemv};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 /// The AVX-512 VNNI kernel.
@@ -60,10 +61,9 @@ unsafe fn gemv(tiles: *const u8, groups: usize, q: *const i8, sums: &mut [i32]) 
         let mut acc = [_mm512_setzero_si512(); 4];
         let mut q = q.cast::<i32>();
         for _ in 0..groups {
-            // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes; the prefetch
-            // may point anywhere.
+            // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes.
             unsafe {
-                _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(PREFETCH).cast());
+                prefetch::ahead(line);
                 let w = _mm512_loadu_si512(line.cast());
                 for p in 0..4 {
                     let four = _mm512_set1_epi32(q.add(p).read_unaligned());

@@ -5,8 +5,9 @@
 
 use std::arch::x86_64::*;
 
-use super::{PREFETCH, for_tokens, gemm_by_fours};
+use super::{for_tokens, gemm_by_fours};
 use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
 macro_rules! vnni256 {
@@ -55,10 +56,9 @@ macro_rules! vnni256 {
                     let mut acc = [[_mm256_setzero_si256(); 4]; 2];
                     let mut q = q.cast::<i32>();
                     for _ in 0..groups {
-                        // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes;
-                        // the prefetch may point anywhere.
+                        // SAFETY: `line` walks over the lines that the caller vouches for, `q` over its codes.
                         unsafe {
-                            _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(PREFETCH).cast());
+                            prefetch::ahead(line);
                             let w = [_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast())];
                             for p in 0..4 {
                                 let four = _mm256_set1_epi32(q.add(p).read_unaligned());

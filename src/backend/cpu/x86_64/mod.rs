@@ -22,10 +22,6 @@ pub(super) use amx::{Amx, Model};
 #[cfg(test)]
 pub(super) use avx_vnni::EvexVnni;
 
-/// Bytes ahead of the read position that are prefetched. Decode is limited by outstanding memory requests: without it one
-/// core (Zen 4, virtual) read half as much.
-const PREFETCH: usize = 4096;
-
 /// Runs `$pass::<N>` for the run-time token count `$tokens`, an integer from 1 to 12.
 macro_rules! for_tokens {
     ($tokens:expr, [$($n:literal)*], $pass:ident $args:tt) => {

@@ -52,11 +52,11 @@ pub(super) struct Token {
 }
 
 impl Token {
-    const ZERO: Self = Self { term: 0, sign: 1, clipped: 0, notes: [0; NOTES] };
+    pub const ZERO: Self = Self { term: 0, sign: 1, clipped: 0, notes: [0; NOTES] };
 
     /// What the first lines of a panel hold.
-    pub fn of(line: &Line) -> &Self {
-        bytemuck::cast_ref(line)
+    pub fn all(lines: &[Line]) -> &[Self] {
+        bytemuck::cast_slice(lines)
     }
 
     /// Columns that were clipped and by how much; None if there are more than could be noted.
@@ -86,72 +86,72 @@ pub(super) unsafe fn fill(x: &QuantizedRows, rows: Range<usize>, pairs: usize, p
     let (tokens, words) = panel.split_at_mut(width);
     let tokens: &mut [Token] = bytemuck::cast_slice_mut(tokens);
     let words: &mut [u64] = &mut bytemuck::cast_slice_mut(words)[..pairs * width];
+    let codes = |t: usize| if t < rows.len() { x.codes(rows.start + t) } else { &[] };
     for (t, token) in tokens.iter_mut().enumerate() {
-        let codes = if t < rows.len() { x.codes(rows.start + t) } else { &[] };
-        let count = |end: i8| codes.iter().filter(|q| **q == end).count();
-        let sign = if count(-127) < count(127) { -1 } else { 1 };
-        // SAFETY: the caller's features.
-        *token = unsafe { fill_token::<true>(codes, sign, pairs, words, t, width) };
+        let count = |end: i8| codes(t).iter().filter(|q| **q == end).count();
+        *token = Token { sign: if count(-127) < count(127) { -1 } else { 1 }, ..Token::ZERO };
+    }
+    let mut own = [_mm512_setzero_si512(); PANEL_TOKENS];
+    // All tokens' part of a run of words, which stays in the first level meanwhile.
+    for (block, words) in words.chunks_mut(FILL / 8 * width).enumerate() {
+        for (t, (token, own)) in tokens.iter_mut().zip(&mut own).enumerate() {
+            let factors = fill_block::<true>(codes(t), block, token, words, t, width);
+            // (a₀ − 1)·(a₁ + 127): what code 0 everywhere would give, which has to become 0.
+            *own = _mm512_dpbusd_epi32(*own, _mm512_srli_epi64::<32>(factors), factors);
+        }
+    }
+    // Of a row of zeros, 4 · (−1 · 127) a pair.
+    let zeros = (pairs.next_multiple_of(FILL / 8) * 4 * 127) as i32;
+    for (t, token) in tokens.iter_mut().enumerate() {
+        token.term = _mm512_reduce_add_epi32(own[t]).wrapping_add(zeros);
         if token.notes().is_none() {
-            // SAFETY: as above.
-            unsafe { fill_token::<false>(codes, 1, pairs, words, t, width) };
+            for (block, words) in words.chunks_mut(FILL / 8 * width).enumerate() {
+                fill_block::<false>(codes(t), block, token, words, t, width);
+            }
         }
     }
 }
 
-/// Lays out one row, clipped or as it is.
-///
-/// # Safety
-/// AVX-512 F, BW and VNNI.
+/// Lays out some columns of one row, clipped and noted or as they are; and returns them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn fill_token<const CLIP: bool>(
+fn fill_block<const CLIP: bool>(
     codes: &[i8],
-    sign: i32,
-    pairs: usize,
+    block: usize,
+    token: &mut Token,
     words: &mut [u64],
     t: usize,
     width: usize,
-) -> Token {
-    let mut token = Token { sign, ..Token::ZERO };
-    let offsets = _mm512_set1_epi64(i64::from_le_bytes([255, 255, 255, 255, 127, 127, 127, 127]));
-    let (most, least) = (_mm512_set1_epi8(126), _mm512_set1_epi8(-127));
-    let mut own = _mm512_setzero_si512();
-    let blocks = (8 * pairs).div_ceil(FILL);
-    for block in 0..blocks {
-        let codes = codes.get(block * FILL..).unwrap_or_default();
-        let here = u64::MAX.checked_shr((FILL - codes.len().min(FILL)) as u32).unwrap_or(0);
-        // SAFETY: bytes outside the mask are not read.
-        let mut a = unsafe { _mm512_maskz_loadu_epi8(here, codes.as_ptr()) };
-        if CLIP {
-            if sign < 0 {
-                a = _mm512_subs_epi8(_mm512_setzero_si512(), a);
-            }
-            let clipped = _mm512_max_epi8(_mm512_min_epi8(a, most), least);
-            let mut changed = _mm512_cmpneq_epi8_mask(a, clipped);
-            while changed != 0 {
-                let i = changed.trailing_zeros() as usize;
-                changed &= changed - 1;
-                let code = i32::from(codes[i]) * sign;
-                if let Some(note) = token.notes.get_mut(token.clipped as usize) {
-                    *note = 4 * (block * FILL + i) as i32 + code - code.clamp(-127, 126) + 1;
-                }
-                token.clipped += 1;
-            }
-            a = clipped;
+) -> __m512i {
+    let codes = codes.get(block * FILL..).unwrap_or_default();
+    let here = u64::MAX.checked_shr((FILL - codes.len().min(FILL)) as u32).unwrap_or(0);
+    // SAFETY: bytes outside the mask are not read.
+    let mut a = unsafe { _mm512_maskz_loadu_epi8(here, codes.as_ptr()) };
+    if CLIP {
+        if token.sign < 0 {
+            a = _mm512_subs_epi8(_mm512_setzero_si512(), a);
         }
-        let factors = _mm512_add_epi8(a, offsets);
-        // (a₀ − 1)·(a₁ + 127): what code 0 everywhere would give, which has to become 0.
-        own = _mm512_dpbusd_epi32(own, _mm512_srli_epi64::<32>(factors), factors);
-        let mut eight = [0u64; 8];
-        // SAFETY: eight words of eight bytes.
-        unsafe { _mm512_storeu_si512(eight.as_mut_ptr().cast(), factors) };
-        for (pair, word) in (8 * block..pairs).zip(eight) {
-            words[pair * width + t] = word;
+        let clipped = _mm512_max_epi8(_mm512_min_epi8(a, _mm512_set1_epi8(126)), _mm512_set1_epi8(-127));
+        let mut changed = _mm512_cmpneq_epi8_mask(a, clipped);
+        while changed != 0 {
+            let i = changed.trailing_zeros() as usize;
+            changed &= changed - 1;
+            let code = i32::from(codes[i]) * token.sign;
+            if let Some(note) = token.notes.get_mut(token.clipped as usize) {
+                *note = 4 * (block * FILL + i) as i32 + code - code.clamp(-127, 126) + 1;
+            }
+            token.clipped += 1;
         }
+        a = clipped;
     }
-    // Of a row of zeros, 4 · (−1 · 127) a pair.
-    token.term = _mm512_reduce_add_epi32(own).wrapping_add((blocks * FILL / 2 * 127) as i32);
-    token
+    let offsets = _mm512_set1_epi64(i64::from_le_bytes([255, 255, 255, 255, 127, 127, 127, 127]));
+    let factors = _mm512_add_epi8(a, offsets);
+    let mut eight = [0u64; 8];
+    // SAFETY: eight words of eight bytes.
+    unsafe { _mm512_storeu_si512(eight.as_mut_ptr().cast(), factors) };
+    for (words, word) in words.chunks_exact_mut(width).zip(eight) {
+        words[t] = word;
+    }
+    factors
 }
 
 /// The codes of a row that was laid out as it is, as words of four.
@@ -215,8 +215,9 @@ macro_rules! pairs512 {
             fn row_terms(&self, tile: &[u8], groups: usize) -> [i32; TILE_ROWS] {
                 assert_eq!(tile.len(), groups * LINE_BYTES, "one tile");
                 let mut terms = [0; TILE_ROWS];
+                let (zeros, none) = (pairs::ZEROS.as_ptr(), [0; TILE_ROWS]);
                 // SAFETY: `new` found the features; the tile has whole lines, the same pair is read again and again.
-                unsafe { pair_pass::<1>(tile.as_ptr(), groups, pairs::ZEROS.as_ptr(), 0, &mut terms) };
+                unsafe { pair_pass::<1>(tile.as_ptr(), groups, zeros, 0, &[pairs::Token::ZERO], &none, &mut terms) };
                 terms
             }
 
@@ -232,8 +233,10 @@ macro_rules! pairs512 {
                 for first in (0..tokens).step_by(size) {
                     let n = size.min(tokens - first);
                     let panel = &panels[first / size * lines..][..self.panel_lines(groups, n)];
-                    let (notes, words) = panel.split_at(pairs::width(n));
+                    let (all, words) = panel.split_at(pairs::width(n));
+                    let all = pairs::Token::all(all);
                     let (words, step) = (words.as_ptr().cast(), 2 * pairs::width(n));
+                    let clipped = all[..n].iter().any(|token| token.clipped > 0);
                     let per_tile = data.chunks_exact(tile_bytes).zip(sums.chunks_exact_mut(tile_sums));
                     for ((tile, sums), rows) in per_tile.zip(terms) {
                         let sums = &mut sums[first * TILE_ROWS..][..n * TILE_ROWS];
@@ -241,31 +244,26 @@ macro_rules! pairs512 {
                         for_tokens!(
                             pairs::width(n),
                             [2 4 6 8 10 12 14 16 18 20 22 24],
-                            pair_pass(tile.as_ptr(), groups, words, step, sums)
+                            pair_pass(tile.as_ptr(), groups, words, step, all, rows, sums)
                         );
-                        for (t, sums) in sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut().enumerate() {
-                            let token = pairs::Token::of(&notes[t]);
+                        if !clipped {
+                            continue;
+                        }
+                        let sums = sums.as_chunks_mut::<TILE_ROWS>().0;
+                        for (t, token) in all[..n].iter().enumerate().filter(|(_, token)| token.clipped > 0) {
                             let Some(notes) = token.notes() else {
                                 let words = pairs::words_of(panel, n, t, pairs(groups));
                                 // SAFETY: the features; a tile, words of all its lines, and a tile's sums.
-                                unsafe { gemm::<1>(tile.as_ptr(), groups, words.as_ptr(), sums) };
+                                unsafe { gemm::<1>(tile.as_ptr(), groups, words.as_ptr(), &mut sums[t]) };
                                 continue;
                             };
-                            for i in 0..TILE_ROWS {
-                                sums[i] = sums[i].wrapping_sub(token.term).wrapping_sub(rows[i]);
-                            }
                             for (column, less) in notes {
                                 let (line, at) = (column / (4 * $words), column % (4 * $words));
                                 let Some(line) = tile.as_chunks::<LINE_BYTES>().0.get(line) else { continue };
                                 // SAFETY: the features.
                                 let codes = unsafe { codes_of(line, at / 4, at % 4) };
                                 for i in 0..TILE_ROWS {
-                                    sums[i] = sums[i].wrapping_add(codes[i] * less);
-                                }
-                            }
-                            if token.sign < 0 {
-                                for i in 0..TILE_ROWS {
-                                    sums[i] = sums[i].wrapping_neg();
+                                    sums[t][i] = sums[t][i].wrapping_add(codes[i] * less * token.sign);
                                 }
                             }
                         }
@@ -290,8 +288,8 @@ macro_rules! pairs512 {
             rows.map(|four| i32::from(four[byte]))
         }
 
-        /// Sums of a tile's products of pairs with T tokens, as many as `sums` has room for. `step` words on are those of the
-        /// next pair.
+        /// Sums of a tile with T tokens, as many as `sums` has room for: products of pairs less the tokens' terms and the
+        /// rows', negated where the token was. `step` words on are those of the next pair.
         ///
         /// # Safety
         /// The kernel's features; `groups` lines at `tile`, and T pairs of words at each of `pairs(groups)` steps.
@@ -301,6 +299,8 @@ macro_rules! pairs512 {
             groups: usize,
             words: *const i32,
             step: usize,
+            tokens: &[pairs::Token],
+            rows: &[i32; TILE_ROWS],
             sums: &mut [i32],
         ) {
             let decoder = $decoder::new();
@@ -328,10 +328,18 @@ macro_rules! pairs512 {
                     words = words.wrapping_add(step);
                 )*
             }
-            for (sums, acc) in sums.chunks_exact_mut(TILE_ROWS).zip(acc) {
-                // SAFETY: the chunk has 16 elements.
-                unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), acc) };
-            }
+            // SAFETY: as many as a register holds.
+            let rows = unsafe { _mm512_loadu_si512(rows.as_ptr().cast()) };
+            let (sums, tokens) = (sums.as_chunks_mut::<TILE_ROWS>().0, &tokens[..T]);
+            pairs::for_each_token!(T, t, {
+                if let Some(sums) = sums.get_mut(t) {
+                    let own = _mm512_sub_epi32(acc[t], _mm512_set1_epi32(tokens[t].term));
+                    let negate = _mm512_set1_epi32(tokens[t].sign >> 1);
+                    let sum = _mm512_xor_si512(_mm512_sub_epi32(own, rows), negate);
+                    // SAFETY: as above.
+                    unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_sub_epi32(sum, negate)) };
+                }
+            });
         }
     };
 }
