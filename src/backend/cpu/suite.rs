@@ -149,6 +149,7 @@ kernel_suite! {
     avx2: super::x86_64::Avx2::new();
     avx_vnni: super::x86_64::AvxVnni::new();
     avx_vnni_body_in_evex: super::x86_64::EvexVnni::new();
+    avx_vnni_body_in_avx2: super::x86_64::Avx2ForVnni::new();
     avx512_vnni: super::x86_64::Avx512Vnni::new();
     avx512_vbmi: super::x86_64::Avx512Vbmi::new();
     amx_int8: super::x86_64::AmxInt8::new();

@@ -1,12 +1,17 @@
 //! 256-bit VNNI: a line is two registers of eight rows; otherwise as AVX-512 VNNI.
 //!
 //! Decode, per half line (128 weights): 1 load, 4 AND, 4 broadcasts, 4 dots. The body is written once; tests also
-//! run it in the EVEX encoding, so that it executes on CPUs that have AVX-512 VNNI but not AVX-VNNI.
+//! run it in the EVEX encoding, on CPUs that have AVX-512 VNNI but not AVX-VNNI, and with AVX2's instructions in place of the dot.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::{for_tokens, gemm_by_fours};
-use crate::backend::cpu::kernel::{TernaryKernel, check_gemm, check_gemv};
+use super::avx256::{self, gemm256};
+use super::for_tokens;
+use crate::backend::activation::QuantizedRows;
+use crate::backend::cpu::kernel::{
+    Block, Line, MAX_TOKENS, PanelGemm, TernaryKernel, WeightTiles, Words, check_gemm, check_gemv,
+};
 use crate::backend::cpu::prefetch;
 use crate::backend::cpu::tiles::{LINE_BYTES, TILE_ROWS};
 
@@ -36,9 +41,12 @@ macro_rules! vnni256 {
 
             fn gemm(&self, tiles: &[u8], groups: usize, panel: &[i32], tokens: usize, sums: &mut [i32]) {
                 check_gemm(tiles, groups, panel, tokens, sums);
-                use $module::gemm;
-                // `new` found the features; `check_gemm` found the sizes that the reads rely on.
-                for_tokens!(tokens, [1 2 3 4 5 6 7 8 9 10 11 12], gemm(tiles.as_ptr(), groups, panel.as_ptr(), sums))
+                // SAFETY: `new` found the features; `check_gemm` found the sizes that the reads rely on.
+                unsafe { $module::product(tiles, groups, panel.as_ptr(), 0, tokens, tokens, sums) }
+            }
+
+            fn panel_gemm(&self, tokens: usize) -> Option<&dyn PanelGemm> {
+                (tokens > MAX_TOKENS).then_some(self)
             }
         }
 
@@ -79,42 +87,14 @@ macro_rules! vnni256 {
                 }
             }
 
-            gemm_by_fours!($features);
-
-            /// # Safety
-            /// As [`gemm`], for one tile and N of the T tokens.
+            /// [`_mm256_dpbusd_epi32`], in the kernel's encoding.
+            #[inline]
             #[target_feature(enable = $features)]
-            unsafe fn pass<const N: usize, const T: usize>(
-                tile: *const u8,
-                groups: usize,
-                panel: *const i32,
-                sums: &mut [i32],
-            ) {
-                let mask = _mm256_set1_epi8(3);
-                let mut acc = [[_mm256_setzero_si256(); 2]; N];
-                let (mut line, mut words) = (tile, panel);
-                for _ in 0..groups {
-                    // SAFETY: line g of the tile and the words of group g are inside the operands.
-                    unsafe {
-                        let mut w = [_mm256_loadu_si256(line.cast()), _mm256_loadu_si256(line.add(32).cast())];
-                        for _ in 0..4 {
-                            let codes = w.map(|w| _mm256_and_si256(w, mask));
-                            for n in 0..N {
-                                let four = _mm256_set1_epi32(words.add(n).read());
-                                acc[n][0] = $dot(acc[n][0], codes[0], four);
-                                acc[n][1] = $dot(acc[n][1], codes[1], four);
-                            }
-                            w = w.map(|w| _mm256_srli_epi16::<2>(w));
-                            words = words.add(T);
-                        }
-                        line = line.add(LINE_BYTES);
-                    }
-                }
-                for (sums, acc) in sums.chunks_exact_mut(8).zip(acc.as_flattened()) {
-                    // SAFETY: the chunk has 8 elements.
-                    unsafe { _mm256_storeu_si256(sums.as_mut_ptr().cast(), *acc) };
-                }
+            fn dot(sums: __m256i, codes: __m256i, four: __m256i) -> __m256i {
+                $dot(sums, codes, four)
             }
+
+            gemm256!($features, $kernel, dot, std::convert::identity);
         }
     };
 }
@@ -132,4 +112,18 @@ vnni256! {
     EvexVnni, "avx-vnni (EVEX)", evex, "avx2,avx512f,avx512vl,avx512vnni",
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni"),
     _mm256_dpbusd_epi32
+}
+
+/// The dot in AVX2, for codes of at most 128: no pair's sum saturates then.
+#[cfg(test)]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_of_avx2(sums: __m256i, codes: __m256i, four: __m256i) -> __m256i {
+    _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, four), _mm256_set1_epi16(1)))
+}
+
+#[cfg(test)]
+vnni256! {
+    /// The same body with another dot, for tests on CPUs that have neither encoding.
+    Avx2ForVnni, "avx-vnni (AVX2)", stand_in, "avx2", is_x86_feature_detected!("avx2"), dot_of_avx2
 }
