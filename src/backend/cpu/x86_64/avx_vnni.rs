@@ -87,14 +87,7 @@ macro_rules! vnni256 {
                 }
             }
 
-            /// [`_mm256_dpbusd_epi32`], in the kernel's encoding.
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn dot(sums: __m256i, codes: __m256i, four: __m256i) -> __m256i {
-                $dot(sums, codes, four)
-            }
-
-            gemm256!($features, $kernel, dot, std::convert::identity);
+            gemm256!($features, $kernel, $dot, std::convert::identity);
         }
     };
 }
