@@ -135,9 +135,7 @@ __device__ inline void prefill_attention(const PrefillParams& pp) {
         float keep = expf(top - m);
         top = m;
         total = total * keep + sum;
-#if BITNET_BUG != 6
-        sync_block();  // K is done with
-#endif
+        if (BITNET_BUG != 6) sync_block();  // K is done with
         for (int i = thread; i < kPrefillRows * (d / 4); i += blockDim.x) {
             int row = i / (d / 4), c = (i - row * (d / 4)) * 4;
             *reinterpret_cast<float4*>(kvs + row * stride + c) =

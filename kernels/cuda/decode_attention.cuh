@@ -129,9 +129,7 @@ __device__ inline void decode_attention(const AttentionParams& p, int head_block
                 stats[4 + warp] = sum;
             }
         }
-#if BITNET_BUG != 5
-        sync_block();
-#endif
+        if (BITNET_BUG != 5) sync_block();
 #pragma unroll
         for (int h = 0; h < kHeadsPerBlock; ++h) {
             float m = stats[h], keep = expf(top[h] - m);  // the first tile's exp(-inf) is 0

@@ -78,9 +78,7 @@ __device__ __forceinline__ void gemm_body(const GemmParams& p) {
     }
     for (int step = 0; step < k_tiles; ++step) {
         cp_async_wait<kStages - 2>();
-#if BITNET_BUG != 7
-        sync_block();
-#endif
+        if (BITNET_BUG != 7) sync_block();
         if (step + kStages - 1 < k_tiles) fetch(step + kStages - 1);
         cp_async_commit();
         const unsigned char* stage = shared + (step % kStages) * kStageBytes;
@@ -129,9 +127,7 @@ __device__ __forceinline__ void gemm_body(const GemmParams& p) {
         factors[i] = factor(multiplier(p.scales, i % kSegments), load_fresh(p.sx + token));
         if (i % kSegments == 0) sums[at] = load_fresh(p.qsum + token);
     }
-#if BITNET_BUG != 15
-    sync_block();
-#endif
+    if (BITNET_BUG != 15) sync_block();
     int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n)

@@ -58,9 +58,7 @@ __device__ __forceinline__ void gemv_body(const GemvParams& p) {
             s.qsum[threadIdx.x] = load_fresh(p.qsum + threadIdx.x);
         }
     }
-#if BITNET_BUG != 2
-    sync_block();
-#endif
+    if (BITNET_BUG != 2) sync_block();
     if (p.tokens == 1)
         work.run<true>(s.x, s.stride, p.tokens, s.sums, lane);
     else
@@ -69,9 +67,7 @@ __device__ __forceinline__ void gemv_body(const GemvParams& p) {
     Factor* factors = reinterpret_cast<Factor*>(s.scratch);
     if ((int)threadIdx.x < p.tokens * kSegments)
         factors[threadIdx.x] = factor(multiplier(p.scales, threadIdx.x % kSegments), s.sx[threadIdx.x / kSegments]);
-#if BITNET_BUG != 3
-    sync_block();
-#endif
+    if (BITNET_BUG != 3) sync_block();
     constexpr int kRows = kEpilogue == kGated ? 8 : 16;
     for (int i = threadIdx.x; i < nr * kRows * p.tokens; i += blockDim.x) {
         int row = i % (nr * kRows), token = i / (nr * kRows);

@@ -3,15 +3,13 @@
 // (../emulator/cuda.h), so that the same kernel sources run in tests where there is no GPU.
 #pragma once
 
-// Tests compile the kernels with BITNET_BUG=n to plant one defect (a barrier removed, an index off by one)
-// and require the suites to fail. 0 in every build that ships.
-#ifndef BITNET_BUG
-#define BITNET_BUG 0
-#endif
-
 #ifdef BITNET_EMULATOR
 #include "../emulator/cuda.h"
 #else
+// Tests plant one defect (a barrier removed, an index off by one) and require the suites to fail: the emulator makes this a
+// variable. 0 in what ships, where these conditions vanish.
+#define BITNET_BUG 0
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>

@@ -66,11 +66,8 @@ __device__ __forceinline__ Factor factor(float multiplier, float sx) {
 // output in some millions. |acc| < 2^24 because K <= 132104, so it is exact as a float.
 __device__ __forceinline__ float dequantise(int acc, Factor f) {
     float a = (float)acc, product = mul_rn(a, f.hi);
-#if BITNET_BUG == 14
-    return product;
-#else
+    if (BITNET_BUG == 14) return product;
     return add_rn(product, fma_rn(a, f.lo, fma_rn(a, f.hi, -product)));
-#endif
 }
 
 // Activation of a gated MLP; f32 throughout (the square overflows f16 in real models).

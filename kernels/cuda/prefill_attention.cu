@@ -105,9 +105,7 @@ __device__ __forceinline__ void prefill_mma(const PrefillParams& pp) {
 
     for (int tile = 0; tile < key_tiles; ++tile) {
         cp_async_wait<0>();
-#if BITNET_BUG != 8
-        sync_block();
-#endif
+        if (BITNET_BUG != 8) sync_block();
         if (tile + 1 < key_tiles) fetch(tile + 1);
         cp_async_commit();
         const unsigned char* k_tile = shared + (tile & 1) * 2 * kTile;

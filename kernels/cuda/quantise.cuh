@@ -98,9 +98,7 @@ __device__ inline void quantise_rows(const QuantiseRows& a, int8_t* q, int strid
             part_sum[warp] = squares;
             part_max[warp] = peak;
         }
-#if BITNET_BUG != 1
-        sync_block();
-#endif
+        if (BITNET_BUG != 1) sync_block();
         float scale = 1.0f;
         int total = 0;
         if (active) {

@@ -278,9 +278,7 @@ struct Pick {
                     atomic_add(&s->count[bin], 1u);
                 }
             }
-#if BITNET_BUG != 9
-            sync_block();
-#endif
+            if (BITNET_BUG != 9) sync_block();
             if (threadIdx.x < 32) {
                 // Lane 0 holds the highest bins.
                 int lane = threadIdx.x, first = kBins - 1 - lane * (kBins / 32);

@@ -26,7 +26,12 @@
 
 #include "races.h"
 
+#define BITNET_BUG (emu::planted_bug)
+
 namespace emu {
+
+// The defect that the kernels run with: BITNET_BUG in the environment.
+inline const int planted_bug = std::getenv("BITNET_BUG") ? std::atoi(std::getenv("BITNET_BUG")) : 0;
 
 struct Dim3 {
     unsigned x = 1, y = 1, z = 1;

@@ -15,12 +15,6 @@
 #define thread
 #define BITNET_SHARED unsigned char* shared  // its attribute is spelled like an address space
 
-namespace emu {
-// The defect to run with: BITNET_BUG in the environment.
-inline const int planted_bug = std::getenv("BITNET_BUG") ? std::atoi(std::getenv("BITNET_BUG")) : 0;
-}  // namespace emu
-#define BITNET_BUG (emu::planted_bug)
-
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
