@@ -54,6 +54,14 @@ fn a_sweep_chooses_its_values_and_bad_ones_are_named() {
 }
 
 #[test]
+#[cfg(not(feature = "baseline"))]
+fn without_its_feature_the_dense_model_is_refused() {
+    let a2 = model("a2_packed_gqa_untied_sharded");
+    run(&["bench", "-m", &a2, "--baseline", "f32"]).fails(1, &["the dense baseline", "cargo's feature `baseline`"]);
+}
+
+#[test]
+#[cfg(feature = "baseline")]
 fn the_dense_model_of_the_same_shape_is_measured_too() {
     let a2 = model("a2_packed_gqa_untied_sharded");
     let args = ["bench", "-m", &a2, "--pp", "9", "--tg", "3", "--reps", "1", "--threads", "1", "--batch", "2"];
