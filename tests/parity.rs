@@ -82,23 +82,27 @@ fn logits_pass_on_every_kernel_and_are_the_same_bits_however_computed() {
 
 #[test]
 fn logits_pass_on_gpus_and_replayed_steps_give_the_same_bits() {
-    for gpu in common::gpus() {
-        for name in FIXTURES {
-            let expected = Expected::load(name);
-            let (replayed, plain) = (load_on(&gpu, name, true), load_on(&gpu, name, false));
-            for chunk in [usize::MAX, 5, 1] {
-                let compute = |model| -> Vec<_> {
-                    (0..expected.prompts()).map(|i| logits(model, &expected.ids(i), chunk)).collect()
-                };
-                let got = compute(&replayed);
-                expected.judge(&got).unwrap_or_else(|e| panic!("{name} on {gpu:?}, pieces of {chunk}: {e}"));
-                if chunk == 1 && gpu.is_cuda() {
-                    assert!(got == compute(&plain), "{name} on {gpu:?}: graphs change logits");
-                }
-            }
-            assert_eq!((replayed.take_replay_failure(), plain.take_replay_failure()), (None, None));
+    // All at once: emulated ones take minutes.
+    std::thread::scope(|scope| {
+        for gpu in common::gpus() {
+            scope.spawn(move || FIXTURES.iter().for_each(|name| logits_pass_on(&gpu, name)));
+        }
+    });
+}
+
+fn logits_pass_on(gpu: &Device, name: &str) {
+    let expected = Expected::load(name);
+    let (replayed, plain) = (load_on(gpu, name, true), load_on(gpu, name, false));
+    for chunk in [usize::MAX, 5, 1] {
+        let compute =
+            |model| -> Vec<_> { (0..expected.prompts()).map(|i| logits(model, &expected.ids(i), chunk)).collect() };
+        let got = compute(&replayed);
+        expected.judge(&got).unwrap_or_else(|e| panic!("{name} on {gpu:?}, pieces of {chunk}: {e}"));
+        if chunk == 1 && gpu.is_cuda() {
+            assert!(got == compute(&plain), "{name} on {gpu:?}: graphs change logits");
         }
     }
+    assert_eq!((replayed.take_replay_failure(), plain.take_replay_failure()), (None, None));
 }
 
 #[test]
