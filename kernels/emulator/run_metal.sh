@@ -47,8 +47,8 @@ compile() {
 }
 kernels_of() { printf "$work/$1/%s.o " $suites main; }
 
-# Built beside and moved into place: a test may be loading it.
-"$cxx" $flags -O2 -shared -fPIC -o "$build/libbitnet_metal.so.$$" kernels/emulator/metal_library.cpp
+# Built beside and moved into place: a test may be loading it. A machine of its own, where a process loads CUDA's emulator too.
+"$cxx" $flags -O2 -shared -fPIC -fno-gnu-unique -Wl,-Bsymbolic -o "$build/libbitnet_metal.so.$$" kernels/emulator/metal_library.cpp
 mv "$build/libbitnet_metal.so.$$" "$build/libbitnet_metal.so"
 [ "${BITNET_LIBRARY:-0}" = 1 ] && exit 0
 "$cxx" -std=c++20 -O1 -o "$build/metal_library_check" tests/emulator/metal_library_check.cpp -ldl

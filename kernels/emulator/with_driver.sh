@@ -16,7 +16,8 @@ fi
 mkdir -p "$driver"
 if [ -z "$(find "$driver/libcuda.so.1" -newer "$root/kernels/emulator/driver.cpp" 2>/dev/null)" ] ||
     [ -n "$(find "$root/kernels/cuda" "$root/kernels/emulator" -maxdepth 1 -newer "$driver/libcuda.so.1" \( -name '*.cu*' -o -name '*.cpp' -o -name '*.h' \))" ]; then
-    "$cxx" -std=c++20 -O2 -DBITNET_EMULATOR -U_FORTIFY_SOURCE -w -shared -fPIC -Wl,-soname,libcuda.so.1 \
+    # A machine of its own, where a process loads Metal's emulator too (with_metal.sh).
+    "$cxx" -std=c++20 -O2 -DBITNET_EMULATOR -U_FORTIFY_SOURCE -w -shared -fPIC -fno-gnu-unique -Wl,-Bsymbolic,-soname,libcuda.so.1 \
         -o "$driver/libcuda.so.1.new" "$root/kernels/emulator/driver.cpp"
     "$cxx" -std=c++20 -O2 -shared -fPIC -Wl,-soname,libbitnet_libraries.so -o "$driver/libbitnet_libraries.so" \
         "$root/kernels/emulator/libraries.cpp"
