@@ -1,8 +1,8 @@
-//! What the 256-bit kernels share: prefill's product of tiles and panels.
+//! What the 256-bit kernels share: the product of tiles and panels.
 //!
 //! A tile's codes are decoded to a byte each, 256 columns at a time (4 KB), and met by four panels of twelve tokens. Six tokens with
 //! both halves of a tile take 12 of 16 registers for their sums; a word of four columns is then 2 loads, 6 broadcasts, which
-//! are loads too, and 12 products.
+//! are loads too, and 12 products. The codes of up to [`FEW`] tokens, each decoded once anyway, stay in registers.
 
 use std::arch::x86_64::*;
 
@@ -14,6 +14,8 @@ use crate::backend::cpu::tiles::LINE_BYTES;
 pub(super) const LINES: usize = 16;
 /// Most tokens whose sums are in registers at a time.
 pub(super) const TOKENS: usize = 6;
+/// Tokens whose sums leave registers for codes.
+pub(super) const FEW: usize = 5;
 /// A call's tiles and panels: at most 24 KB of sums.
 pub(super) const BLOCK: Block = Block { tiles: 8, tile_step: 1, panels: 4 };
 /// Tokens of a panel.
@@ -26,19 +28,34 @@ pub(super) type Codes = [[__m256i; 2]; 4 * LINES];
 #[inline]
 #[target_feature(enable = "avx2")]
 pub(super) fn decode<'a>(lines: &[u8], codes: &'a mut Codes) -> &'a [[__m256i; 2]] {
-    let (lines, mask) = (lines.as_chunks::<LINE_BYTES>().0, _mm256_set1_epi8(3));
+    let lines = lines.as_chunks().0;
     for (line, codes) in lines.iter().zip(codes.as_chunks_mut::<4>().0) {
-        // Few tokens are bound by memory, as one is.
-        prefetch::ahead(line.as_ptr());
-        // SAFETY: a line is two registers.
-        let mut w = unsafe { [0, 32].map(|at| _mm256_loadu_si256(line.as_ptr().add(at).cast())) };
+        let mut w = load(line);
         for codes in codes {
-            *codes = w.map(|w| _mm256_and_si256(w, mask));
-            // Bits that cross into the next byte land outside the mask.
-            w = w.map(|w| _mm256_srli_epi16::<2>(w));
+            *codes = next(&mut w);
         }
     }
     &codes[..4 * lines.len()]
+}
+
+/// A line, of whose words [`next`] gives the first.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load(line: &[u8; LINE_BYTES]) -> [__m256i; 2] {
+    // Few tokens are bound by memory, as one is.
+    prefetch::ahead(line.as_ptr());
+    // SAFETY: a line is two registers.
+    unsafe { [0, 32].map(|at| _mm256_loadu_si256(line.as_ptr().add(at).cast())) }
+}
+
+/// Takes the next word from a line: a byte for each code.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn next(line: &mut [__m256i; 2]) -> [__m256i; 2] {
+    let codes = line.map(|w| _mm256_and_si256(w, _mm256_set1_epi8(3)));
+    // Bits that cross into the next byte land outside the mask.
+    *line = line.map(|w| _mm256_srli_epi16::<2>(w));
+    codes
 }
 
 /// Defines `product`, of tiles and panels, and implements `PanelGemm` by it. `$dot(sums, codes, four)` adds the products of a word,
@@ -96,6 +113,12 @@ macro_rules! gemm256 {
             let per_tile = tiles.chunks_exact(groups * LINE_BYTES).zip(sums.chunks_exact_mut(tokens * TILE_ROWS));
             for (tile, sums) in per_tile {
                 for (i, lines) in tile.chunks(avx256::LINES * LINE_BYTES).enumerate() {
+                    if tokens <= size.min(avx256::FEW) {
+                        let words = panels.wrapping_add(i * 4 * avx256::LINES * tokens);
+                        // The features; the words of these lines and all tokens are there.
+                        for_tokens!(tokens, [1 2 3 4 5], few(lines, words, sums));
+                        continue;
+                    }
                     let codes = avx256::decode(lines, &mut codes);
                     for (p, sums) in sums.chunks_mut(size * TILE_ROWS).enumerate() {
                         let n = sums.len() / TILE_ROWS;
@@ -121,13 +144,50 @@ macro_rules! gemm256 {
             let mut acc = [[_mm256_setzero_si256(); 2]; N];
             let mut words = words;
             for codes in codes {
-                for n in 0..N {
-                    // SAFETY: this word of token `n` is there.
-                    let four = _mm256_set1_epi32(unsafe { words.add(n).read_unaligned() });
-                    acc[n] = [0, 1].map(|half| $dot(acc[n][half], codes[half], four));
-                }
+                // SAFETY: this word of N tokens is there.
+                unsafe { word(&mut acc, *codes, words) };
                 words = words.wrapping_add(step);
             }
+            add(&acc, sums);
+        }
+
+        /// As [`pass`], with codes that are decoded on the way; at most [`avx256::LINES`] lines.
+        ///
+        /// # Safety
+        /// The kernel's features; the lines' words of N tokens at `words`.
+        #[target_feature(enable = $features)]
+        unsafe fn few<const N: usize>(lines: &[u8], words: *const i32, sums: &mut [i32]) {
+            let mut acc = [[_mm256_setzero_si256(); 2]; N];
+            let mut words = words;
+            for line in lines.as_chunks().0 {
+                let mut w = avx256::load(line);
+                for _ in 0..4 {
+                    // SAFETY: this word of N tokens is there.
+                    unsafe { word(&mut acc, avx256::next(&mut w), words) };
+                    words = words.wrapping_add(N);
+                }
+            }
+            add(&acc, sums);
+        }
+
+        /// Adds a word's products with N tokens.
+        ///
+        /// # Safety
+        /// The kernel's features; N tokens' words at `words`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn word<const N: usize>(acc: &mut [[__m256i; 2]; N], codes: [__m256i; 2], words: *const i32) {
+            for n in 0..N {
+                // SAFETY: the caller's contract.
+                let four = _mm256_set1_epi32(unsafe { words.add(n).read_unaligned() });
+                acc[n] = [0, 1].map(|half| $dot(acc[n][half], codes[half], four));
+            }
+        }
+
+        /// Adds what was accumulated to the tokens' sums.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn add<const N: usize>(acc: &[[__m256i; 2]; N], sums: &mut [i32]) {
             for (sums, acc) in sums.as_chunks_mut::<8>().0.iter_mut().zip(acc.as_flattened()) {
                 let at = sums.as_mut_ptr().cast();
                 // SAFETY: eight sums are a register.
