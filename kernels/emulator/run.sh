@@ -33,6 +33,11 @@ finish() {
     for p in "${pids[@]}"; do wait "$p"; done
     pids=()
 }
+# Whether a program is newer than all sources and this compiler's: a quick run before has left it.
+fresh() {
+    [ -e "$1" ] && [ "$(cat "$1.compiler" 2>/dev/null)" = "$cxx" ] &&
+        [ -z "$(find kernels tests/emulator -type f -newer "$1" -print -quit)" ]
+}
 # compile NAME FLAGS...: objects under $build/NAME.
 compile() {
     local name=$1
@@ -45,13 +50,16 @@ compile() {
 }
 
 mkdir -p "$build/mma75"
-start $flags -O2 -DBITNET_MMA_75 -c tests/emulator/linear.cpp -o "$build/mma75/linear.o"
-compile plain -O2
-"$cxx" $(printf "$build/plain/%s.o " $suites) -o "$build/plain/kernels"
-"$cxx" "$build/plain/model.o" "$build/plain/model_main.o" -o "$build/plain/model"
+if ! fresh "$build/mma75/kernels"; then
+    start $flags -O2 -DBITNET_MMA_75 -c tests/emulator/linear.cpp -o "$build/mma75/linear.o"
+    compile plain -O2
+    "$cxx" $(printf "$build/plain/%s.o " $suites) -o "$build/plain/kernels"
+    "$cxx" "$build/plain/model.o" "$build/plain/model_main.o" -o "$build/plain/model"
+    "$cxx" "$build/mma75/linear.o" $(printf "$build/plain/%s.o " attention head main) -o "$build/mma75/kernels"
+    echo "$cxx" >"$build/mma75/kernels.compiler"
+fi
 start $flags -O2 -shared -fPIC -o "$build/libbitnet_emulator.so" kernels/emulator/library.cpp
 start -std=c++20 -O1 -o "$build/library_check" tests/emulator/library_check.cpp -ldl
-"$cxx" "$build/mma75/linear.o" $(printf "$build/plain/%s.o " attention head main) -o "$build/mma75/kernels"
 "$build/plain/kernels"
 "$build/plain/model"
 echo "products in the form of compute capability 7.5"

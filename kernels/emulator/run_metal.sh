@@ -36,6 +36,11 @@ finish() {
     pids=()
 }
 source_of() { case $1 in main) echo tests/emulator/main.cpp ;; *) echo "tests/emulator/metal_$1.cpp" ;; esac; }
+# Whether a program is newer than all sources and this compiler's: a quick run before has left it.
+fresh() {
+    [ -e "$1" ] && [ "$(cat "$1.compiler" 2>/dev/null)" = "$cxx" ] &&
+        [ -z "$(find kernels tests/emulator -type f -newer "$1" -print -quit)" ]
+}
 # compile NAME FLAGS...: objects under $work/NAME.
 compile() {
     local name=$1 s
@@ -55,9 +60,12 @@ mv "$build/libbitnet_metal.so.$$" "$build/libbitnet_metal.so"
 kernels=$(nm -DC --defined-only "$build/libbitnet_metal.so" | grep -oE ' bitnet_[a-z0-9_]+\(' | tr -d ' (')
 "$build/metal_library_check" "$build/libbitnet_metal.so" $kernels
 
-compile plain -O2
-"$cxx" $(kernels_of plain) -o "$work/plain/kernels"
-"$cxx" "$work/plain/model.o" "$work/plain/model_main.o" -o "$work/plain/model"
+if ! fresh "$work/plain/model"; then
+    compile plain -O2
+    "$cxx" $(kernels_of plain) -o "$work/plain/kernels"
+    "$cxx" "$work/plain/model.o" "$work/plain/model_main.o" -o "$work/plain/model"
+    echo "$cxx" >"$work/plain/model.compiler"
+fi
 thin=1
 [ "${BITNET_QUICK:-0}" = 1 ] && thin=10
 for s in $suites; do start "$work/plain/kernels" "$thin" "$s"; done
