@@ -56,7 +56,6 @@ use coarse::{BLOCK_COLS, Bits, TILE_ROWS};
 use half::{bf16, f16};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use top::Largest;
@@ -190,14 +189,14 @@ impl Input {
     }
 }
 
-/// 256 bits that nobody outside this process knows.
-fn secret() -> [u8; 32] {
+/// 256 bits from the operating system that nobody outside this process knows.
+fn secret() -> Result<[u8; 32]> {
     let mut seed = [0; 32];
-    for (i, word) in seed.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-        // Keys from the operating system, which differ from state to state.
-        *word = RandomState::new().hash_one(i).to_le_bytes();
-    }
-    seed
+    getrandom::fill(&mut seed).map_err(|e| Error::Unavailable {
+        what: "a screened head".into(),
+        reason: format!("the system gives no random numbers: {e}; use the head `full`"),
+    })?;
+    Ok(seed)
 }
 
 impl CpuScreened {
@@ -205,9 +204,9 @@ impl CpuScreened {
     /// are more than [`MAX_COLS`] columns.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if memory is short.
+    /// [`Error::Unavailable`] if memory is short, or the system gives no random numbers.
     pub(super) fn new(isa: Isa, pool: &Pool, head: &CpuDense, bound: Bound) -> Result<Option<Self>> {
-        Self::seeded(isa, pool, head, bound, secret())
+        Self::seeded(isa, pool, head, bound, secret()?)
     }
 
     fn seeded(isa: Isa, pool: &Pool, head: &CpuDense, bound: Bound, seed: [u8; 32]) -> Result<Option<Self>> {
