@@ -193,8 +193,8 @@ impl Input {
 fn secret() -> Result<[u8; 32]> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|e| Error::Unavailable {
-        what: "a screened head".into(),
-        reason: format!("the system gives no random numbers: {e}; use the head `full`"),
+        what: "the head `screened-probable`".into(),
+        reason: format!("the system gives no random numbers: {e}; use `screened`, which needs none"),
     })?;
     Ok(seed)
 }
@@ -204,9 +204,13 @@ impl CpuScreened {
     /// are more than [`MAX_COLS`] columns.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if memory is short, or the system gives no random numbers.
+    /// [`Error::Unavailable`] if memory is short, or the system gives none of the random numbers that [`Bound::Probable`] rounds by.
     pub(super) fn new(isa: Isa, pool: &Pool, head: &CpuDense, bound: Bound) -> Result<Option<Self>> {
-        Self::seeded(isa, pool, head, bound, secret()?)
+        let seed = match bound {
+            Bound::Certain => [0; 32],
+            Bound::Probable(_) => secret()?,
+        };
+        Self::seeded(isa, pool, head, bound, seed)
     }
 
     fn seeded(isa: Isa, pool: &Pool, head: &CpuDense, bound: Bound, seed: [u8; 32]) -> Result<Option<Self>> {
